@@ -1,0 +1,274 @@
+//! Our own form of the handshake: an object with a version. Unknown keys and unknown values are refused by name, so that a
+//! VMM that asks for more than this pager can do learns it at once.
+
+use std::os::fd::{AsFd, OwnedFd};
+
+use rustix::fs::{OFlags, SealFlags};
+use serde::{Deserialize, Serialize};
+
+use crate::memory::{Layout, PageSize, Region};
+use crate::sys::memfd;
+
+use super::firecracker::page_size;
+use super::refusal::{RefusalReason, Rejected, one_line};
+use super::{Backing, Form};
+
+/// The version of the protocol that this pager speaks.
+pub const VERSION: u64 = 1;
+
+/// The longest name of a VM, in characters.
+pub const MAX_NAME: usize = 64;
+
+/// The most virtual CPUs of a VM (KVM on x86_64 has at most 4096: CONFIG_KVM_MAX_NR_VCPUS).
+pub const MAX_VCPUS: u32 = 4096;
+
+const DELIVERY: &str = "uffd";
+const USERFAULTFD: &str = "userfaultfd";
+const MEMORY: &str = "memory";
+
+/// The document. Values that are words are checked after the parser, which could not name the ones that are known.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Document {
+    version: u64,
+    delivery: String,
+    #[serde(default = "one")]
+    vcpus: u32,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    name: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    backing: Option<String>,
+    descriptors: Vec<String>,
+    regions: Vec<RegionEntry>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RegionEntry {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    gpa: Option<u64>,
+    hva: u64,
+    size: u64,
+    offset: u64,
+    page_size: u64,
+}
+
+/// Read on its own and first: what a later version adds must not be refused as an unknown key.
+#[derive(Debug, Deserialize)]
+struct AnyVersion {
+    version: Option<serde_json::Value>,
+}
+
+/// What a VMM says of a VM: the sending side of this form.
+#[derive(Debug, Clone, Copy)]
+pub struct Introduction<'a> {
+    /// The VM's name: 1 to [`MAX_NAME`] of the characters `A-Z a-z 0-9 . _ -`.
+    pub name: Option<&'a str>,
+    /// How many virtual CPUs it has, 1 to [`MAX_VCPUS`].
+    pub vcpus: u32,
+    /// What its memory is made of.
+    pub backing: Backing,
+    /// Whether the memory file goes with the message, after the userfaultfd.
+    pub memory: bool,
+    /// Where its memory lies.
+    pub layout: &'a Layout,
+}
+
+/// The message for this VM. Its userfaultfd goes with it, then, if announced, its memory file, in one sendmsg(2).
+///
+/// ```
+/// use latepage::attachment::{Backing, native};
+/// use latepage::memory::{Layout, PageSize, Region};
+///
+/// let layout = Layout::new(vec![Region { gpa: Some(0), hva: 0x7f00_0000_0000, size: 4096, offset: 0, page_size: PageSize::Small }])?;
+/// let introduction =
+///     native::Introduction { name: Some("vm-7"), vcpus: 2, backing: Backing::Shared, memory: true, layout: &layout };
+/// assert!(native::message(&introduction).starts_with(r#"{"version":1,"delivery":"uffd","vcpus":2,"name":"vm-7""#));
+/// # Ok::<(), latepage::memory::LayoutError>(())
+/// ```
+pub fn message(introduction: &Introduction<'_>) -> String {
+    let mut descriptors = vec![USERFAULTFD.to_owned()];
+    if introduction.memory {
+        descriptors.push(MEMORY.to_owned());
+    }
+    let document = Document {
+        version: VERSION,
+        delivery: DELIVERY.to_owned(),
+        vcpus: introduction.vcpus,
+        name: introduction.name.map(str::to_owned),
+        backing: Some(introduction.backing.name().to_owned()),
+        descriptors,
+        regions: introduction.layout.regions().iter().map(RegionEntry::from).collect(),
+    };
+    serde_json::to_string(&document).expect("strings and numbers always serialize")
+}
+
+/// The document, checked.
+#[derive(Debug)]
+pub(super) struct Announcement {
+    pub(super) name: Option<String>,
+    pub(super) vcpus: u32,
+    pub(super) backing: Backing,
+    pub(super) layout: Layout,
+    /// Its place among the descriptors.
+    pub(super) userfaultfd: usize,
+    /// Its place among the descriptors, if it is one of them.
+    pub(super) memory: Option<usize>,
+}
+
+impl Announcement {
+    /// How many descriptors come with it.
+    pub(super) fn descriptors(&self) -> usize {
+        1 + usize::from(self.memory.is_some())
+    }
+}
+
+/// Reads the document, once it is whole.
+pub(super) fn parse(body: &[u8]) -> Result<Announcement, Rejected> {
+    let malformed = |error: serde_json::Error| RefusalReason::Malformed {
+        form: Form::Latepage,
+        message: one_line(&error.to_string()),
+    };
+    let any: AnyVersion = serde_json::from_slice(body).map_err(malformed)?;
+    if let Some(version) = any.version.filter(|version| version.as_u64() != Some(VERSION)) {
+        return Err(RefusalReason::Version { version: one_line(&version.to_string()), known: VERSION }.into());
+    }
+    let document: Document = serde_json::from_slice(body).map_err(malformed)?;
+
+    // The regions first: a refusal for anything else can then say where the VM's memory lies.
+    let regions = document.regions.iter().map(RegionEntry::region).collect::<Result<_, _>>()?;
+    let layout = Layout::new(regions).map_err(RefusalReason::from)?;
+    match check(&document, &layout) {
+        Ok((backing, userfaultfd, memory)) => Ok(Announcement {
+            name: document.name,
+            vcpus: document.vcpus,
+            backing,
+            layout,
+            userfaultfd,
+            memory,
+        }),
+        Err(reason) => Err(Rejected { reason, layout: Some(Box::new(layout)) }),
+    }
+}
+
+/// Checks all but the regions: yields the backing and the places of the descriptors.
+fn check(document: &Document, layout: &Layout) -> Result<(Backing, usize, Option<usize>), RefusalReason> {
+    if document.delivery != DELIVERY {
+        return Err(unknown("delivery", &document.delivery, "\"uffd\" is"));
+    }
+    if !(1..=MAX_VCPUS).contains(&document.vcpus) {
+        return Err(RefusalReason::Value {
+            key: "vcpus",
+            value: document.vcpus.to_string(),
+            known: "1 to 4096 are",
+        });
+    }
+    if let Some(name) = document.name.as_deref().filter(|name| !is_name(name)) {
+        return Err(unknown("name", name, "1 to 64 of A-Z a-z 0-9 . _ - are"));
+    }
+    let (userfaultfd, memory) = places(&document.descriptors)?;
+    let backing = match document.backing.as_deref() {
+        None => implied(layout, memory.is_some()),
+        Some(name) => Backing::from_name(name).ok_or_else(|| {
+            unknown("backing", name, "\"anonymous\", \"private\", \"shared\" and \"hugetlb\" are")
+        })?,
+    };
+    check_backing(backing, layout, memory.is_some())?;
+    Ok((backing, userfaultfd, memory))
+}
+
+fn is_name(name: &str) -> bool {
+    let known = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-');
+    (1..=MAX_NAME).contains(&name.len()) && name.bytes().all(known)
+}
+
+/// The places of the userfaultfd and of the memory file among the descriptors.
+fn places(descriptors: &[String]) -> Result<(usize, Option<usize>), RefusalReason> {
+    let (mut userfaultfd, mut memory) = (None, None);
+    for (place, name) in descriptors.iter().enumerate() {
+        let known = match name.as_str() {
+            USERFAULTFD => &mut userfaultfd,
+            MEMORY => &mut memory,
+            other => return Err(unknown("descriptors", other, "\"userfaultfd\" and \"memory\" are")),
+        };
+        if known.replace(place).is_some() {
+            return Err(RefusalReason::DescriptorList { list: one_line(&format!("{descriptors:?}")) });
+        }
+    }
+    match userfaultfd {
+        Some(place) => Ok((place, memory)),
+        None => Err(RefusalReason::DescriptorList { list: format!("{descriptors:?}") }),
+    }
+}
+
+/// What the memory is made of where the VMM does not say.
+fn implied(layout: &Layout, memory: bool) -> Backing {
+    if layout.regions().iter().any(|region| region.page_size == PageSize::Huge) {
+        Backing::Hugetlb
+    } else if memory {
+        Backing::Shared
+    } else {
+        Backing::Anonymous
+    }
+}
+
+fn check_backing(backing: Backing, layout: &Layout, memory: bool) -> Result<(), RefusalReason> {
+    let expected = if backing == Backing::Hugetlb { PageSize::Huge } else { PageSize::Small };
+    let why = if layout.regions().iter().any(|region| region.page_size != expected) {
+        match expected {
+            PageSize::Huge => "goes with a page_size of 2097152 only",
+            PageSize::Small => "goes with a page_size of 4096 only; pages of 2 MiB are \"hugetlb\"",
+        }
+    } else if memory && backing == Backing::Anonymous {
+        "has no memory file: leave \"memory\" out of the descriptors, or say \"shared\" or \"private\""
+    } else {
+        return Ok(());
+    };
+    Err(RefusalReason::Backing { backing, why })
+}
+
+/// Whether the memory file can be mapped and written without fear of its sender.
+pub(super) fn check_memory(memory: &OwnedFd, layout: &Layout) -> Result<(), RefusalReason> {
+    memfd::check_sealed(memory.as_fd(), layout.end())?;
+    // It has seals, so it is a memory file, and these two cannot fail but for want of kernel memory.
+    let access = rustix::fs::fcntl_getfl(memory).unwrap_or(OFlags::empty());
+    let seals = rustix::fs::fcntl_get_seals(memory).unwrap_or(SealFlags::empty());
+    if access & OFlags::ACCMODE != OFlags::RDWR
+        || seals.intersects(SealFlags::WRITE | SealFlags::FUTURE_WRITE)
+    {
+        return Err(RefusalReason::MemoryNotWritable);
+    }
+    Ok(())
+}
+
+fn unknown(key: &'static str, value: &str, known: &'static str) -> RefusalReason {
+    RefusalReason::Value { key, value: one_line(&format!("{value:?}")), known }
+}
+
+fn one() -> u32 {
+    1
+}
+
+impl RegionEntry {
+    fn region(&self) -> Result<Region, RefusalReason> {
+        Ok(Region {
+            gpa: self.gpa,
+            hva: self.hva,
+            size: self.size,
+            offset: self.offset,
+            page_size: page_size(self.page_size)?,
+        })
+    }
+}
+
+impl From<&Region> for RegionEntry {
+    fn from(region: &Region) -> Self {
+        Self {
+            gpa: region.gpa,
+            hva: region.hva,
+            size: region.size,
+            offset: region.offset,
+            page_size: region.page_size.bytes(),
+        }
+    }
+}

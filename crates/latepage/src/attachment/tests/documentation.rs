@@ -1,0 +1,27 @@
+//! The examples of `docs/handshake.md` are handshakes.
+
+use super::super::{Fed, Incoming};
+use super::{sealed, userfaultfd};
+
+const PAGE: &str = include_str!("../../../../../docs/handshake.md");
+
+/// The blocks of JSON on the page.
+fn examples() -> Vec<&'static str> {
+    PAGE.split("```json\n").skip(1).map(|rest| rest.split("```").next().unwrap()).collect()
+}
+
+#[test]
+fn every_example_on_the_page_is_a_handshake() {
+    let examples = examples();
+    assert!(examples.len() >= 4, "{examples:?}");
+    for example in examples {
+        let Some(descriptor) = userfaultfd() else { return };
+        let mut incoming = Incoming::new();
+        let done = match incoming.feed(example.as_bytes(), vec![descriptor]) {
+            // It announces a memory file too.
+            Fed::More => incoming.feed(b"", vec![sealed(1 << 33)]),
+            done => done,
+        };
+        assert!(matches!(done, Fed::Done(_)), "{example}\n{done:?}");
+    }
+}

@@ -1,0 +1,105 @@
+//! Delivery: how faults reach whoever resolves them, and how those who wait are released.
+
+mod uffd;
+
+use std::ops::Range;
+use std::os::fd::{BorrowedFd, OwnedFd};
+
+use crate::memory::Layout;
+use crate::sys::uffd::MessageBuffer;
+
+pub use crate::sys::uffd::FaultFlags;
+pub use uffd::UffdDelivery;
+
+/// One access to an absent page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fault {
+    /// The page, by its index in the session.
+    pub page: u32,
+    /// Write, write-protect, minor; empty is a read of a missing page.
+    pub flags: FaultFlags,
+    /// The thread that waits, where the delivery knows it; else 0.
+    pub thread: u32,
+}
+
+/// Something a delivery may bring and a session cannot serve: it is reported, and never silently dropped.
+#[derive(Debug, thiserror::Error)]
+pub enum Surprise {
+    /// A fault outside every region of the layout, at this address.
+    #[error("a fault at {0:#x}, outside every region that the VM named")]
+    Stray(u64),
+    /// Memory moved from one address to another, for so many bytes.
+    #[error("memory moved from {from:#x} to {to:#x} ({length:#x} bytes): its faults cannot be served there")]
+    Moved {
+        /// Where it was.
+        from: u64,
+        /// Where it is.
+        to: u64,
+        /// Its length in bytes.
+        length: u64,
+    },
+    /// The owner forked. This userfaultfd over the child's memory is held, since closing it would give the child zero pages.
+    #[error("the VM forked: faults of the child are not served")]
+    Forked(OwnedFd),
+    /// A message that is not known.
+    #[error("a userfaultfd message of unknown kind {0:#x}")]
+    Unknown(u8),
+}
+
+/// What one look at a delivery brought. Allocated once for each thread that serves, and used again.
+pub struct Batch {
+    /// Page ranges that were taken away: they come first, whatever order the kernel had.
+    pub removed: Vec<Range<u32>>,
+    /// Faults, in the order of the delivery.
+    pub faults: Vec<Fault>,
+    /// What fits nowhere else.
+    pub surprises: Vec<Surprise>,
+    /// Whether more may be waiting.
+    pub more: bool,
+    pub(crate) messages: MessageBuffer,
+}
+
+impl Batch {
+    /// Room for `capacity` faults at a time.
+    pub fn new(capacity: usize) -> Self {
+        Self {
+            removed: Vec::with_capacity(capacity),
+            faults: Vec::with_capacity(capacity),
+            surprises: Vec::new(),
+            more: false,
+            messages: MessageBuffer::new(capacity),
+        }
+    }
+
+    fn clear(&mut self) {
+        self.removed.clear();
+        self.faults.clear();
+        self.surprises.clear();
+        self.more = false;
+    }
+}
+
+/// A delivery failed as a whole; the session cannot go on with it.
+#[derive(Debug, thiserror::Error)]
+#[error("{call}: {errno}")]
+pub struct DeliveryError {
+    /// The call that failed.
+    pub call: &'static str,
+    /// What the kernel said.
+    pub errno: rustix::io::Errno,
+}
+
+/// How faults reach us, and how those who wait are released.
+pub trait Delivery: Send {
+    /// Takes what waits, as much as fits into `batch`, removals first. Never blocks.
+    ///
+    /// # Errors
+    /// [`DeliveryError`] where nothing more can ever come.
+    fn take(&mut self, layout: &Layout, batch: &mut Batch) -> Result<(), DeliveryError>;
+
+    /// Releases everyone who waits for a page of the range, which lies in one region. They look again.
+    fn release(&self, layout: &Layout, pages: Range<u32>);
+
+    /// A descriptor that polls readable when there is something to take.
+    fn descriptor(&self) -> BorrowedFd<'_>;
+}

@@ -1,0 +1,61 @@
+//! Faults by userfaultfd.
+
+use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+
+use super::{Batch, Delivery, DeliveryError, Fault, Surprise};
+use crate::memory::Layout;
+use crate::sys::uffd::{Message, Userfaultfd};
+
+/// Faults of one userfaultfd: its creator's memory, wherever that lives.
+pub struct UffdDelivery {
+    uffd: Arc<Userfaultfd>,
+}
+
+impl UffdDelivery {
+    /// Over a userfaultfd whose ranges its creator has registered.
+    pub fn new(uffd: Arc<Userfaultfd>) -> Self {
+        Self { uffd }
+    }
+}
+
+impl Delivery for UffdDelivery {
+    fn take(&mut self, layout: &Layout, batch: &mut Batch) -> Result<(), DeliveryError> {
+        batch.clear();
+        self.uffd
+            .read(&mut batch.messages)
+            .map_err(|errno| DeliveryError { call: "read(userfaultfd)", errno })?;
+        batch.more = batch.messages.is_full();
+        for message in batch.messages.drain() {
+            match message {
+                Message::PageFault { address, flags, thread } => match layout.find_hva(address) {
+                    Some(page) => batch.faults.push(Fault { page, flags, thread }),
+                    None => batch.surprises.push(Surprise::Stray(address)),
+                },
+                // What was unmapped, as what was discarded, never comes from the snapshot again.
+                Message::Remove { start, end } | Message::Unmap { start, end } => {
+                    batch.removed.extend(layout.pages_in_hva(start, end));
+                }
+                Message::Remap { from, to, length } => {
+                    batch.surprises.push(Surprise::Moved { from, to, length })
+                }
+                Message::Fork(fd) => batch.surprises.push(Surprise::Forked(fd)),
+                Message::Unknown(event) => batch.surprises.push(Surprise::Unknown(event)),
+            }
+        }
+        Ok(())
+    }
+
+    fn release(&self, layout: &Layout, pages: Range<u32>) {
+        let place = layout.place(pages.start);
+        let length = u64::from(pages.end - pages.start) * place.page_size.bytes();
+        // It fails for an unaligned or empty range alone, and a layout has neither.
+        let woken = self.uffd.wake(place.hva, length);
+        debug_assert!(woken.is_ok(), "{woken:?}");
+    }
+
+    fn descriptor(&self) -> BorrowedFd<'_> {
+        self.uffd.as_fd()
+    }
+}

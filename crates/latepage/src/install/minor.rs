@@ -1,0 +1,83 @@
+//! CONTINUE: for memory that is mapped twice, filled through the install view and exposed in the guest view.
+
+use std::ops::Range;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use rustix::io::Errno;
+
+use super::{Install, Outcome, Stop, copy};
+use crate::memory::Layout;
+use crate::sys::mapping::{MapError, Mapping};
+use crate::sys::uffd::{InstallMode, Userfaultfd};
+
+/// Installs by writing through a second, never faulting view of the guest's memory file, and UFFDIO_CONTINUE.
+pub struct MinorInstall {
+    uffd: Arc<Userfaultfd>,
+    view: Mapping,
+}
+
+impl MinorInstall {
+    /// Maps a second view of `memory`, which must be sealed against shrinking, as far as `layout` reaches.
+    ///
+    /// # Errors
+    /// [`MapError`].
+    pub fn map(memory: &OwnedFd, layout: &Layout) -> Result<Mapping, MapError> {
+        Mapping::shared(memory.as_fd(), 0, layout.end() as usize)
+    }
+
+    /// Into the memory of the userfaultfd's creator, of which `view` is the install view.
+    pub fn new(uffd: Arc<Userfaultfd>, view: Mapping) -> Self {
+        Self { uffd, view }
+    }
+}
+
+impl Install for MinorInstall {
+    fn fill(&self, layout: &Layout, first: u32, contents: &[u8]) -> Outcome {
+        let place = layout.place(first);
+        self.view.write(place.offset as usize, contents);
+        Outcome { pages: (contents.len() as u64 / place.page_size.bytes()) as u32, stopped: None }
+    }
+
+    fn fill_exposes(&self) -> bool {
+        false
+    }
+
+    /// The kernel adds a zero page to the file and maps it, or says that the file has one already.
+    fn zero(&self, layout: &Layout, pages: Range<u32>) -> Outcome {
+        let place = layout.place(pages.start);
+        let bytes = place.page_size.bytes();
+        let length = u64::from(pages.end - pages.start) * bytes;
+        Outcome::new(self.uffd.zeropage(place.hva, length, InstallMode::empty()), bytes)
+    }
+
+    fn expose(&self, layout: &Layout, pages: Range<u32>) -> Outcome {
+        let place = layout.place(pages.start);
+        let bytes = place.page_size.bytes();
+        let length = u64::from(pages.end - pages.start) * bytes;
+        let exposed = Outcome::new(self.uffd.continue_(place.hva, length, InstallMode::empty()), bytes);
+        match exposed {
+            // The file has a hole where we had filled it: punched since, so it reads as zero.
+            Outcome { pages: 0, stopped: Some(Stop::Hole) } => {
+                self.zero(layout, pages.start..pages.start + 1)
+            }
+            outcome => outcome,
+        }
+    }
+
+    fn unprotect(&self, layout: &Layout, page: u32) -> Outcome {
+        copy::unprotect(&self.uffd, layout, page)
+    }
+
+    fn poison(&self, layout: &Layout, pages: Range<u32>) -> Outcome {
+        copy::poison(&self.uffd, layout, pages)
+    }
+
+    fn detach(&self, layout: &Layout) -> Result<(), Errno> {
+        copy::detach(&self.uffd, layout)
+    }
+
+    fn has_memory(&self) -> bool {
+        self.uffd.has_memory()
+    }
+}

@@ -1,0 +1,96 @@
+//! Install: how contents get into the guest, in two steps.
+//!
+//! *Fill* puts the contents where they belong; *expose* lets the guest see them. COPY and ZEROPAGE do both at once; CONTINUE
+//! only exposes what was filled through a second view of the same memory.
+
+mod copy;
+mod minor;
+
+use std::ops::Range;
+
+use rustix::io::Errno;
+
+use crate::memory::Layout;
+use crate::sys::uffd::Installed;
+
+pub use copy::CopyInstall;
+pub use minor::MinorInstall;
+
+/// Why an install went no further.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// EEXIST: the next page is there already. Who waits for it must still be released.
+    AlreadyThere,
+    /// EAGAIN: an event (a removal, say) is unread, or its thread has not run since. Take events, then try again.
+    Busy,
+    /// ENOMEM: the kernel, or the pool of huge pages, has none left. Try again later.
+    NoMemory,
+    /// ENOENT: no such registered range any more: the layout changed under us.
+    Unmapped,
+    /// ESRCH: the process is gone.
+    Gone,
+    /// EFAULT of CONTINUE: the page is not in the file, so there is nothing to expose.
+    Hole,
+    /// Anything else.
+    Failed(Errno),
+}
+
+/// How far an install came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Outcome {
+    /// Whole pages done, from the first. Who waited for them has been released.
+    pub pages: u32,
+    /// What it met at the next page, if it did not reach the end.
+    pub stopped: Option<Stop>,
+}
+
+impl Outcome {
+    fn new(installed: Installed, page_bytes: u64) -> Self {
+        let pages = (installed.bytes / page_bytes) as u32;
+        let stopped = installed.stopped.and_then(|errno| match errno {
+            // A partial install says EAGAIN too. Only asking again at the page where it stopped tells why.
+            Errno::AGAIN if pages > 0 => None,
+            Errno::AGAIN => Some(Stop::Busy),
+            Errno::EXIST => Some(Stop::AlreadyThere),
+            Errno::NOMEM => Some(Stop::NoMemory),
+            Errno::NOENT => Some(Stop::Unmapped),
+            Errno::SRCH => Some(Stop::Gone),
+            Errno::FAULT => Some(Stop::Hole),
+            errno => Some(Stop::Failed(errno)),
+        });
+        Self { pages, stopped }
+    }
+}
+
+/// How contents get into a guest. A run of pages never crosses a region.
+///
+/// Every call may stop early without a reason ([`Outcome::stopped`] is `None` and pages are left): the caller goes on from there.
+pub trait Install: Send {
+    /// Puts `contents`, whole pages from page `first` on, where they belong.
+    fn fill(&self, layout: &Layout, first: u32, contents: &[u8]) -> Outcome;
+
+    /// Whether [`fill`](Self::fill) exposes too.
+    fn fill_exposes(&self) -> bool;
+
+    /// Puts zero pages where there is nothing, and exposes them.
+    fn zero(&self, layout: &Layout, pages: Range<u32>) -> Outcome;
+
+    /// Lets the guest see pages that are filled. A page that the guest sees already is [`Stop::AlreadyThere`]; one that was
+    /// taken away unnoticed becomes what its memory now holds: zero, or the file's contents.
+    fn expose(&self, layout: &Layout, pages: Range<u32>) -> Outcome;
+
+    /// Lets writes through to a page that was write-protected, and releases who waits to write.
+    fn unprotect(&self, layout: &Layout, page: u32) -> Outcome;
+
+    /// Makes every access to the pages an error (UFFDIO_POISON, Linux 6.6 and later).
+    fn poison(&self, layout: &Layout, pages: Range<u32>) -> Outcome;
+
+    /// Ends fault reporting for all of the guest's memory.
+    ///
+    /// # Errors
+    /// The errno of UFFDIO_UNREGISTER.
+    fn detach(&self, layout: &Layout) -> Result<(), Errno>;
+
+    /// Whether the guest's memory still exists.
+    fn has_memory(&self) -> bool;
+}

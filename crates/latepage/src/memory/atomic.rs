@@ -1,0 +1,6 @@
+//! The atomics of this crate's shared tables: the standard library's, or loom's where loom explores every interleaving of them.
+
+#[cfg(loom)]
+pub(crate) use loom::sync::atomic::{AtomicU8, AtomicU64, Ordering, fence};
+#[cfg(not(loom))]
+pub(crate) use std::sync::atomic::{AtomicU8, AtomicU64, Ordering, fence};

@@ -1,0 +1,19 @@
+//! What the guest's memory is: its page sizes, its regions and where each page lies in them, and what has become of each page.
+//!
+//! Nothing in here does I/O or knows of a kernel interface. `docs/memory.md` and `docs/pages.md` say the same in prose.
+
+pub(crate) mod atomic;
+mod layout;
+mod page_size;
+mod pages;
+mod transitions;
+
+pub use layout::{AddressSpace, Layout, LayoutError, Place, Region};
+pub use page_size::PageSize;
+pub use pages::Pages;
+pub use transitions::{Claim, PageState, STATES, STEPS, Step, TRANSITIONS};
+
+#[cfg(all(test, not(loom)))]
+mod properties;
+#[cfg(all(test, loom))]
+mod races;

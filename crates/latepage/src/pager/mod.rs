@@ -1,0 +1,488 @@
+//! Many sessions in one process: listeners, workers, and the threads that may block.
+//!
+//! | thread | how many | does |
+//! |---|---|---|
+//! | worker | one a core, four at most | serves faults; never blocks on a source, a log or Python |
+//! | reader | four | reads what a source did not have at hand |
+//! | populator | one | brings pages before anyone asks |
+//! | attendant | one | handshakes, refused peers, stalls, sources |
+//! | log | one, where a log is wanted | writes JSON lines |
+
+mod attendant;
+mod bell;
+mod condemned;
+mod events;
+mod listener;
+mod pool;
+mod worker;
+
+use std::collections::{BTreeMap, VecDeque};
+use std::ops::Range;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crate::attachment::{Hello, Refusal, RefusalReason};
+use crate::session::{End, Host, OnMissing, Peer as SessionPeer, Policy, Population, Report, Session};
+use crate::source::Source;
+use crate::stats::StatsSnapshot;
+use crate::sys::pidfd::{Peer, PidFd};
+use attendant::{Attendant, Listener};
+use listener::ListeningSocket;
+use pool::{Job, Pool};
+use worker::Worker;
+
+pub use events::{Event, Events, What};
+pub use listener::ListenError;
+
+/// How a pager is made.
+#[derive(Debug, Default)]
+pub struct Config {
+    /// Threads that serve faults; `None` for one a core, four at most.
+    pub workers: Option<usize>,
+    /// Threads that read what a source did not have at hand; `None` for four.
+    pub readers: Option<usize>,
+    /// Threads that bring pages before anyone asks; `None` for one.
+    pub populators: Option<usize>,
+    /// Where every event is written, one JSON object a line.
+    pub log: Option<OwnedFd>,
+}
+
+/// How long closing waits for VMs that were killed to be gone.
+const LAST_WAIT: Duration = Duration::from_secs(5);
+
+/// Serves the memory of many VMs.
+pub struct Pager {
+    shared: Arc<Shared>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+/// What the threads of a pager share.
+struct Shared {
+    /// Sessions hold it as their host.
+    this: Weak<Self>,
+    events: Events,
+    sessions: Mutex<Sessions>,
+    /// A session has become full, or is gone.
+    changed: Condvar,
+    workers: OnceLock<Vec<Arc<Worker>>>,
+    readers: Arc<Pool>,
+    populators: Arc<Pool>,
+    attendant: Attendant,
+    next: AtomicU64,
+    draining: AtomicBool,
+}
+
+struct Sessions {
+    live: BTreeMap<u64, Arc<Session>>,
+    /// What those did that are over.
+    ended: StatsSnapshot,
+}
+
+impl Pager {
+    /// Starts the threads of a pager.
+    ///
+    /// # Errors
+    /// What the start of a thread, or one of their descriptors, said.
+    pub fn start(config: Config) -> std::io::Result<Self> {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let workers = config.workers.unwrap_or_else(|| cores.min(4)).max(1);
+        let events = Events::new(config.log)?;
+        let mut threads = Vec::new();
+        let (readers, handles) = Pool::start("read", config.readers.unwrap_or(4))?;
+        threads.extend(handles);
+        let (populators, handles) = Pool::start("pop", config.populators.unwrap_or(1))?;
+        threads.extend(handles);
+        let attendant = Attendant::new()?;
+        let shared = Arc::new_cyclic(|this| Shared {
+            this: Weak::clone(this),
+            events,
+            sessions: Mutex::new(Sessions { live: BTreeMap::new(), ended: StatsSnapshot::default() }),
+            changed: Condvar::new(),
+            workers: OnceLock::new(),
+            readers,
+            populators,
+            attendant,
+            next: AtomicU64::new(1),
+            draining: AtomicBool::new(false),
+        });
+        let pager = Self { shared: Arc::clone(&shared), threads: Mutex::new(threads) };
+        let mut started = Vec::new();
+        for number in 0..workers {
+            let this = Weak::clone(&shared.this);
+            let farewell = Box::new(move |session: &Arc<Session>| {
+                if let Some(shared) = this.upgrade() {
+                    shared.farewell(session);
+                }
+            });
+            let (worker, handle) = Worker::start(number, farewell)?;
+            pager.threads().push(handle);
+            started.push(worker);
+        }
+        // It was empty: nobody else has had the shared part yet.
+        let _ = shared.workers.set(started);
+        pager.threads().push(Attendant::start(&shared)?);
+        Ok(pager)
+    }
+
+    fn threads(&self) -> MutexGuard<'_, Vec<JoinHandle<()>>> {
+        self.threads.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes VMs at a socket path, each to be served from `source`. It is listening when this returns.
+    ///
+    /// # Errors
+    /// [`ListenError`]: the path is taken, or no path for a socket; the pager is draining.
+    pub fn listen(&self, path: &Path, source: Arc<dyn Source>, policy: Policy) -> Result<(), ListenError> {
+        if self.shared.draining.load(Ordering::Acquire) {
+            return Err(ListenError::Draining { path: path.to_owned() });
+        }
+        let socket = ListeningSocket::bind(path, policy.mode)?;
+        let path = socket.path().display().to_string();
+        self.shared.events.emit(What::Listening {
+            socket: path.clone(),
+            source: source.describe(),
+            size: source.size(),
+        });
+        self.shared.attendant.listen(Arc::new(Listener { path, source, policy }), socket);
+        Ok(())
+    }
+
+    /// The VMs that are served now, oldest first.
+    pub fn sessions(&self) -> Vec<Arc<Session>> {
+        self.shared.all_sessions()
+    }
+
+    /// What happened.
+    pub fn events(&self) -> &Events {
+        &self.shared.events
+    }
+
+    /// A descriptor that polls readable while events wait.
+    pub fn descriptor(&self) -> BorrowedFd<'_> {
+        self.shared.events.descriptor()
+    }
+
+    /// What all sessions have done together, those that are over among them.
+    pub fn totals(&self) -> StatsSnapshot {
+        let sessions = self.shared.sessions();
+        let mut totals = sessions.ended.clone();
+        for session in sessions.live.values() {
+            totals.merge(&session.stats().snapshot());
+        }
+        totals
+    }
+
+    /// Has pages brought ahead of their faults; faults still go first. Returns at once.
+    pub fn populate(&self, session: &Arc<Session>, ranges: impl IntoIterator<Item = Range<u32>>) {
+        self.shared.populators.submit(Job::Populate(Arc::clone(session), ranges.into_iter().collect()));
+    }
+
+    /// Waits until a VM has all its memory, or is gone, or the time is over. Returns whether it has all its memory.
+    pub fn wait_populated(&self, session: &Session, timeout: Option<Duration>) -> bool {
+        let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+        let mut sessions = self.shared.sessions();
+        loop {
+            if session.owed() == 0 {
+                return true;
+            }
+            if session.end().is_some() {
+                return false;
+            }
+            sessions = match deadline {
+                None => self.shared.changed.wait(sessions).unwrap_or_else(PoisonError::into_inner),
+                Some(deadline) => {
+                    let left = deadline.saturating_duration_since(Instant::now());
+                    if left.is_zero() {
+                        return false;
+                    }
+                    self.shared.changed.wait_timeout(sessions, left).unwrap_or_else(PoisonError::into_inner).0
+                }
+            };
+        }
+    }
+
+    /// Takes no new VMs, brings what the live ones lack, and lets each go. Returns at once; [`What::Drained`] tells the end.
+    pub fn drain(&self) {
+        self.shared.drain();
+    }
+
+    /// Ends the pager. VMs that still lack memory are treated as their policy says; their names are returned.
+    pub fn close(&self) -> Vec<String> {
+        self.shared.draining.store(true, Ordering::Release);
+        self.shared.attendant.stop_listening();
+        let mut lacking = Vec::new();
+        for session in self.shared.all_sessions() {
+            if session.owed() > 0 {
+                lacking.push(session.name().to_owned());
+                self.shared.populators.submit(Job::GiveUp(session));
+            } else if session.may_detach() {
+                self.shared.populators.submit(Job::Detach(session));
+            }
+        }
+        self.shared.wait_for_the_dead(&lacking);
+        for session in self.shared.all_sessions() {
+            session.finish(End::Closed);
+        }
+        self.shared.stop();
+        let threads = std::mem::take(&mut *self.threads());
+        for thread in threads {
+            // A thread that panicked has said so on standard error, and is gone all the same.
+            let _ = thread.join();
+        }
+        self.shared.events.close();
+        lacking
+    }
+}
+
+impl Drop for Pager {
+    fn drop(&mut self) {
+        if !self.threads().is_empty() {
+            self.close();
+        }
+    }
+}
+
+impl Shared {
+    fn sessions(&self) -> MutexGuard<'_, Sessions> {
+        self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn all_sessions(&self) -> Vec<Arc<Session>> {
+        self.sessions().live.values().cloned().collect()
+    }
+
+    fn worker(&self, session: u64) -> Option<&Worker> {
+        let workers = self.workers.get()?;
+        Some(&workers[session as usize % workers.len()])
+    }
+
+    /// Makes a session of a VM whose handshake was good, or says why not, and gives back what belongs to it.
+    #[allow(clippy::type_complexity, reason = "everything that is known of a peer, given back")]
+    fn admit(
+        self: &Arc<Self>,
+        mut hello: Hello,
+        socket: OwnedFd,
+        peer: Peer,
+        process: Option<PidFd>,
+        listener: &Listener,
+    ) -> Option<(Refusal, OwnedFd, Option<PidFd>, Option<String>)> {
+        let id = self.next.fetch_add(1, Ordering::Relaxed);
+        let name = self.name(hello.name.take(), peer.pid, id);
+        let reason = match self.draining.load(Ordering::Acquire) {
+            true => Some(RefusalReason::Draining),
+            false => listener.source.admit(&hello.layout).err().map(RefusalReason::from),
+        };
+        if let Some(reason) = reason {
+            let refusal =
+                Refusal { reason, userfaultfds: vec![hello.userfaultfd], layout: Some(hello.layout) };
+            return Some((refusal, socket, process, Some(name)));
+        }
+        hello.name = Some(name);
+        let peer = SessionPeer { pid: peer.pid, process, socket: Some(socket) };
+        let host: Arc<dyn Host> = Arc::clone(self) as _;
+        let made = Session::new(id, hello, peer, Arc::clone(&listener.source), listener.policy.clone(), host);
+        let session = match made {
+            Ok(session) => session,
+            Err(failed) => {
+                let failed = *failed;
+                let reason = RefusalReason::Mapping(failed.error);
+                let refusal = Refusal { reason, userfaultfds: vec![failed.userfaultfd], layout: None };
+                let socket = failed.peer.socket.expect("it was given above");
+                return Some((refusal, socket, failed.peer.process, failed.name));
+            }
+        };
+        self.events.emit(What::SessionStarted {
+            vm: session.name().to_owned(),
+            pid: session.pid().unwrap_or(0),
+            form: session.form().name(),
+            backing: session.backing().name(),
+            size: session.layout().bytes(),
+            vcpus: session.vcpus(),
+            source: listener.source.describe(),
+        });
+        self.sessions().live.insert(id, Arc::clone(&session));
+        if let Some(worker) = self.worker(id) {
+            worker.adopt(Arc::clone(&session));
+        }
+        if session.policy().population == Population::Background {
+            self.bring_all(session);
+        }
+        None
+    }
+
+    /// A name that no live session has.
+    fn name(&self, said: Option<String>, pid: Option<u32>, id: u64) -> String {
+        let name =
+            said.unwrap_or_else(|| pid.map_or_else(|| format!("session-{id}"), |pid| format!("vm-{pid}")));
+        let taken = self.sessions().live.values().any(|session| session.name() == name);
+        if taken { format!("{name}#{id}") } else { name }
+    }
+
+    fn bring_all(&self, session: Arc<Session>) {
+        let all = 0..session.layout().pages();
+        self.populators.submit(Job::Populate(session, VecDeque::from([all])));
+    }
+
+    /// Brings all that is lacking to the sessions that `which` names.
+    fn hurry(&self, which: impl Fn(&Session) -> bool) {
+        for session in self.all_sessions() {
+            if which(&session) && session.owed() > 0 {
+                self.bring_all(session);
+            }
+        }
+    }
+
+    fn drain(&self) {
+        if self.draining.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        self.attendant.stop_listening();
+        let sessions = self.all_sessions();
+        self.events.emit(What::Draining { vms: sessions.len() });
+        for session in sessions {
+            if session.owed() == 0 {
+                self.let_go(&session);
+            } else {
+                self.bring_all(session);
+            }
+        }
+        self.drained();
+    }
+
+    /// A full session is not needed any more, unless its memory must stay registered.
+    fn let_go(&self, session: &Session) {
+        if !session.may_detach() {
+            let reason = "its memory is a private mapping of a file: unregistered, a range that it discards would show the file again";
+            return self.events.emit(What::WaitingFor { vm: session.name().to_owned(), reason });
+        }
+        if let Some(session) = self.sessions().live.get(&session.id()) {
+            self.populators.submit(Job::Detach(Arc::clone(session)));
+        }
+    }
+
+    fn drained(&self) {
+        if self.draining.load(Ordering::Acquire) && self.sessions().live.is_empty() {
+            self.events.emit(What::Drained);
+        }
+    }
+
+    /// A session is over and taken down.
+    fn farewell(&self, session: &Arc<Session>) {
+        let stats = session.stats().snapshot();
+        {
+            let mut sessions = self.sessions();
+            sessions.live.remove(&session.id());
+            sessions.ended.merge(&stats);
+        }
+        let vm = session.name().to_owned();
+        let reason = match session.end() {
+            Some(End::Detached) => {
+                self.events.emit(What::Detached { vm: vm.clone() });
+                "detached"
+            }
+            Some(End::Closed) => "closed",
+            Some(End::Gone) | None => "gone",
+        };
+        self.events.emit(What::Ended {
+            vm,
+            reason,
+            seconds: session.started().elapsed().as_secs_f64(),
+            faults: stats.counters.faults,
+            lacking: session.owed(),
+        });
+        self.changed.notify_all();
+        self.drained();
+    }
+
+    /// Waits until those who were given up are gone, as far as they go.
+    fn wait_for_the_dead(&self, names: &[String]) {
+        let deadline = Instant::now() + LAST_WAIT;
+        let mut sessions = self.sessions();
+        while sessions.live.values().any(|session| {
+            names.iter().any(|name| name == session.name()) && session.policy().on_missing == OnMissing::Kill
+                || session.owed() == 0 && session.may_detach()
+        }) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return;
+            }
+            sessions = self.changed.wait_timeout(sessions, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    fn stop(&self) {
+        self.attendant.stop();
+        self.readers.stop();
+        self.populators.stop();
+        for worker in self.workers.get().into_iter().flatten() {
+            worker.stop();
+        }
+    }
+}
+
+impl Host for Shared {
+    fn report(&self, session: &Session, report: Report) {
+        let vm = || session.name().to_owned();
+        let at = |page| session.layout().place(page).hva;
+        match report {
+            Report::Full => {
+                let counters = session.stats().counters.snapshot();
+                self.events.emit(What::Populated {
+                    vm: vm(),
+                    seconds: session.started().elapsed().as_secs_f64(),
+                    faults: counters.faults,
+                    failed: counters.failures,
+                });
+                // Under the lock, so that nobody who waits falls between looking and sleeping.
+                drop(self.sessions());
+                self.changed.notify_all();
+                if session.policy().detach_when_full && session.may_detach()
+                    || self.draining.load(Ordering::Acquire)
+                {
+                    self.let_go(session);
+                }
+            }
+            Report::Failed { hva, page, reason, action } => {
+                self.events.emit(What::Failed {
+                    vm: vm(),
+                    address: hva,
+                    page,
+                    reason,
+                    action: action.to_string(),
+                });
+            }
+            Report::PopulationStopped { page, reason } => {
+                self.events.emit(What::PopulationStopped { vm: vm(), address: at(page), reason });
+                if self.draining.load(Ordering::Acquire) {
+                    let reason =
+                        "its memory cannot be had from the source; what it has is served until it ends";
+                    self.events.emit(What::WaitingFor { vm: vm(), reason });
+                }
+            }
+            Report::Stalled { hva, age, .. } => {
+                self.events.emit(What::Stall { vm: vm(), address: hva, age: age.as_secs_f64() });
+            }
+            Report::NoMemory { hva } => self.events.emit(What::NoMemory { vm: vm(), address: hva }),
+            Report::Surprise(what) => self.events.emit(What::Surprise { vm: vm(), what }),
+            Report::Over(_) => {
+                if let Some(worker) = self.worker(session.id()) {
+                    worker.take_down(session.id());
+                }
+            }
+        }
+    }
+
+    fn read_later(&self, session: &Arc<Session>, page: u32) {
+        self.readers.submit(Job::Read(Arc::clone(session), page));
+    }
+
+    fn nudge(&self, session: &Session) {
+        if let Some(worker) = self.worker(session.id()) {
+            worker.look_at(session.id());
+        }
+    }
+}

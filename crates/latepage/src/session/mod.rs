@@ -1,0 +1,314 @@
+//! One VM being served. Only here do delivery, source and install meet.
+//!
+//! A fault's way: [`Session::serve`] takes a batch from the delivery, removals first; each fault claims its page, asks the
+//! source, installs, settles and releases. Everything that touches the guest happens inside the session's gate (see `gate.rs`).
+
+mod answer;
+mod gate;
+mod policy;
+mod populate;
+mod report;
+mod resolve;
+mod serve;
+mod steps;
+mod waiting;
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Instant;
+
+use crate::attachment::{Backing, Form, Hello};
+use crate::delivery::{Batch, Delivery, UffdDelivery};
+use crate::install::{CopyInstall, Install, MinorInstall};
+use crate::memory::{Layout, Pages};
+use crate::source::Source;
+use crate::stats::Stats;
+use crate::sys::mapping::MapError;
+use crate::sys::pidfd::PidFd;
+use crate::sys::uffd::Userfaultfd;
+use gate::Gate;
+use waiting::WaitingRoom;
+
+pub use policy::{OnMissing, Policy, Population};
+pub use populate::Sliced;
+pub use report::{Action, End, Host, Report};
+pub use serve::Served;
+
+/// What a thread that serves brings along: buffers, allocated once.
+pub struct Scratch {
+    batch: Batch,
+    /// For answers that are installed at once, inside the gate.
+    bytes: Box<[u8]>,
+    /// For reads that may take long, outside the gate.
+    reading: Box<[u8]>,
+}
+
+impl Scratch {
+    /// The most that is read from a source at a time: one page of 2 MiB.
+    pub const BYTES: usize = 2 << 20;
+    /// Messages taken at a time.
+    const MESSAGES: usize = 64;
+
+    /// Buffers for one thread.
+    pub fn new() -> Self {
+        let buffer = || vec![0; Self::BYTES].into_boxed_slice();
+        Self { batch: Batch::new(Self::MESSAGES), bytes: buffer(), reading: buffer() }
+    }
+}
+
+impl Default for Scratch {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// The parts of a session that only the holder of its gate touches. They end with the session.
+struct Core {
+    delivery: Box<dyn Delivery>,
+    install: Box<dyn Install>,
+    waiting: WaitingRoom,
+    /// Descriptors over the memory of a VMM's children: closing them would give the children zero pages.
+    forked: Vec<OwnedFd>,
+    /// Held for as long as the session: a VMM may take its closing as a sign, and its own closing is one for us.
+    socket: Option<OwnedFd>,
+}
+
+/// Who a session is for, beside what the handshake says.
+#[derive(Debug)]
+pub struct Peer {
+    /// Its process number, where it can be seen from here.
+    pub pid: Option<u32>,
+    /// Its process.
+    pub process: Option<PidFd>,
+    /// The socket of its handshake.
+    pub socket: Option<OwnedFd>,
+}
+
+/// A session that could not be made: what was given for it, of which the userfaultfd must not be closed while the VM lives.
+#[derive(Debug)]
+pub struct NotMade {
+    /// Why.
+    pub error: MapError,
+    /// The VM's.
+    pub userfaultfd: Userfaultfd,
+    /// Who it was for.
+    pub peer: Peer,
+    /// The name that it gave.
+    pub name: Option<String>,
+}
+
+/// One VM being served.
+pub struct Session {
+    id: u64,
+    name: String,
+    pid: Option<u32>,
+    form: Form,
+    backing: Backing,
+    vcpus: u32,
+    layout: Layout,
+    policy: Policy,
+    source: Arc<dyn Source>,
+    host: Arc<dyn Host>,
+    pages: Pages,
+    stats: Stats,
+    started: Instant,
+    process: Mutex<Option<PidFd>>,
+    /// Pages that the guest is still owed contents for: absent or in flight.
+    owed: AtomicU64,
+    /// ns since the session began, of the last fault: population keeps its slices short for a while after it.
+    last_fault: AtomicU64,
+    end: OnceLock<End>,
+    gate: Gate<Option<Core>>,
+}
+
+impl Session {
+    /// A session for a VM that has introduced itself.
+    ///
+    /// # Errors
+    /// [`NotMade`], with everything that must be kept, where its memory cannot be mapped a second time.
+    pub fn new(
+        id: u64,
+        hello: Hello,
+        peer: Peer,
+        source: Arc<dyn Source>,
+        policy: Policy,
+        host: Arc<dyn Host>,
+    ) -> Result<Arc<Self>, Box<NotMade>> {
+        let Hello { form, name, vcpus, backing, layout, userfaultfd, memory } = hello;
+        let view = match memory.map(|memory| MinorInstall::map(&memory, &layout)).transpose() {
+            Ok(view) => view,
+            Err(error) => return Err(Box::new(NotMade { error, userfaultfd, peer, name })),
+        };
+        let uffd = Arc::new(userfaultfd);
+        let install: Box<dyn Install> = match view {
+            Some(view) => Box::new(MinorInstall::new(Arc::clone(&uffd), view)),
+            None => Box::new(CopyInstall::new(Arc::clone(&uffd))),
+        };
+        let name = name.unwrap_or_else(|| match peer.pid {
+            Some(pid) => format!("vm-{pid}"),
+            None => format!("session-{id}"),
+        });
+        Ok(Arc::new(Self {
+            id,
+            name,
+            pid: peer.pid,
+            form,
+            backing,
+            vcpus,
+            pages: Pages::new(layout.pages()),
+            owed: AtomicU64::new(u64::from(layout.pages())),
+            stats: Stats::new(policy.trace),
+            layout,
+            policy,
+            source,
+            host,
+            started: Instant::now(),
+            process: Mutex::new(peer.process),
+            last_fault: AtomicU64::new(0),
+            end: OnceLock::new(),
+            gate: Gate::new(Some(Core {
+                delivery: Box::new(UffdDelivery::new(uffd)),
+                install,
+                waiting: WaitingRoom::new(vcpus as usize + 8),
+                forked: Vec::new(),
+                socket: peer.socket,
+            })),
+        }))
+    }
+
+    /// Its number in its pager; never used twice.
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// The VM's name: its own, or made from its pid.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The VM's process number, where it can be seen from here.
+    pub fn pid(&self) -> Option<u32> {
+        self.pid
+    }
+
+    /// How it introduced itself.
+    pub fn form(&self) -> Form {
+        self.form
+    }
+
+    /// What its memory is made of.
+    pub fn backing(&self) -> Backing {
+        self.backing
+    }
+
+    /// How many vCPUs it says it has.
+    pub fn vcpus(&self) -> u32 {
+        self.vcpus
+    }
+
+    /// Its regions.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// The states of its pages.
+    pub fn pages(&self) -> &Pages {
+        &self.pages
+    }
+
+    /// What it was told to do.
+    pub fn policy(&self) -> &Policy {
+        &self.policy
+    }
+
+    /// Where its contents come from.
+    pub fn source(&self) -> &dyn Source {
+        &*self.source
+    }
+
+    /// What it has done.
+    pub fn stats(&self) -> &Stats {
+        &self.stats
+    }
+
+    /// When it began.
+    pub fn started(&self) -> Instant {
+        self.started
+    }
+
+    /// How many pages the guest is still owed contents for.
+    pub fn owed(&self) -> u64 {
+        self.owed.load(Ordering::Acquire)
+    }
+
+    /// Why it is over, once it is.
+    pub fn end(&self) -> Option<End> {
+        self.end.get().copied()
+    }
+
+    /// Calls `look` with the VM's process; `None` where it cannot be seen from here, or the session is over.
+    pub fn with_process<R>(&self, look: impl FnOnce(&PidFd) -> R) -> Option<R> {
+        self.process.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(look)
+    }
+
+    /// Whether its memory may be unregistered while the VM lives.
+    ///
+    /// Private memory of a file may not: a range that the VM discards afterwards would show the file's page again.
+    pub fn may_detach(&self) -> bool {
+        self.backing != Backing::Private
+    }
+
+    /// Calls `look` with the descriptor that polls readable when faults wait; `None` once the session is over.
+    pub fn with_descriptor<R>(&self, look: impl FnOnce(BorrowedFd<'_>) -> R) -> Option<R> {
+        self.briefly(|core| look(core.delivery.descriptor()))
+    }
+
+    /// Calls `look` with the socket of the handshake; `None` where there is none, or the session is over.
+    pub fn with_socket<R>(&self, look: impl FnOnce(BorrowedFd<'_>) -> R) -> Option<R> {
+        self.briefly(|core| core.socket.as_ref().map(|socket| look(socket.as_fd()))).flatten()
+    }
+
+    /// Runs a little work inside the gate, for threads that may wait for it and have no buffers to serve with: a worker that
+    /// came meanwhile is asked to come again.
+    fn briefly<R>(&self, work: impl FnOnce(&mut Core) -> R) -> Option<R> {
+        let mut guard = self.gate.enter();
+        let result = guard.as_mut().map(work);
+        drop(guard);
+        if self.gate.take_wanted() {
+            self.host.nudge(self);
+        }
+        result
+    }
+
+    /// Records that the session is over, the first reason winning, and asks its host to take it down.
+    pub fn finish(&self, end: End) {
+        if self.end.set(end).is_ok() {
+            self.host.report(self, Report::Over(end));
+        }
+    }
+
+    /// Takes the session down: every descriptor and mapping that it held is gone when this returns. `before` sees the
+    /// delivery's descriptor while it still is open.
+    pub fn take_down(&self, before: impl FnOnce(BorrowedFd<'_>)) {
+        let core = self.gate.enter().take();
+        if let Some(core) = core {
+            before(core.delivery.descriptor());
+        }
+        self.process.lock().unwrap_or_else(PoisonError::into_inner).take();
+    }
+
+    fn now_ns(&self, now: Instant) -> u64 {
+        now.saturating_duration_since(self.started).as_nanos() as u64
+    }
+}
+
+impl std::fmt::Debug for Session {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Session")
+            .field("id", &self.id)
+            .field("name", &self.name)
+            .field("pid", &self.pid)
+            .finish_non_exhaustive()
+    }
+}

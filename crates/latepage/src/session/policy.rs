@@ -1,0 +1,61 @@
+//! Policy: what a user may choose for a VM.
+
+use std::time::Duration;
+
+/// Whether pages are brought before anyone asks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Population {
+    /// Only what is asked for.
+    None,
+    /// All of it, in the background, behind every fault.
+    Background,
+}
+
+/// What happens to a VM whose page cannot be had. Never a zero page, never a silent hang.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnMissing {
+    /// The VM is killed (SIGKILL through its pidfd).
+    Kill,
+    /// The page is poisoned (UFFDIO_POISON): for VMMs that turn that into a machine check or their own death. Some turn it into
+    /// an MMIO exit, and a VMM that answers that with zero has lied to its guest.
+    Poison,
+}
+
+/// What a user may choose for a VM: one frozen value.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Policy {
+    /// Whether pages are brought before anyone asks.
+    pub population: Population,
+    /// Bytes of an aligned window: absent pages of it that follow a faulting page come with it. At least that page comes.
+    pub fault_around: u64,
+    /// What happens to a VM whose page cannot be had.
+    pub on_missing: OnMissing,
+    /// A fault that is older is reported.
+    pub stall_warning: Duration,
+    /// How long a peer may take over its handshake.
+    pub handshake_timeout: Duration,
+    /// Users that may connect; `None` leaves it to the socket's mode.
+    pub allow_uids: Option<Vec<u32>>,
+    /// Permission bits of the socket.
+    pub mode: u32,
+    /// Whether a VM that has all its memory is let go.
+    pub detach_when_full: bool,
+    /// Entries of the trace ring, 16 bytes each; 0 keeps no trace.
+    pub trace: usize,
+}
+
+impl Default for Policy {
+    fn default() -> Self {
+        Self {
+            population: Population::None,
+            fault_around: 64 << 10,
+            on_missing: OnMissing::Kill,
+            stall_warning: Duration::from_secs(5),
+            handshake_timeout: Duration::from_secs(5),
+            allow_uids: None,
+            mode: 0o660,
+            detach_when_full: false,
+            trace: 1024,
+        }
+    }
+}

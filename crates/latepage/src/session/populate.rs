@@ -1,0 +1,135 @@
+//! Population: pages that are brought before anyone asks.
+//!
+//! Contents are read outside the gate, and nothing is claimed for that: a fault on the same page is served meanwhile as if
+//! population were not there. Inside the gate a slice is short while the guest is faulting, and longer while it is quiet.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use super::report::Report;
+use super::{Core, Scratch, Session};
+use crate::install::Stop;
+use crate::source::Answer;
+
+/// Read at a time.
+const READ: u64 = 1 << 20;
+/// Installed at a time while the guest has faulted lately: about what a wake-up costs.
+const SHORT_SLICE: u64 = 64 << 10;
+/// Installed at a time while the guest is quiet.
+const LONG_SLICE: u64 = 512 << 10;
+/// How long after a fault the guest counts as faulting.
+const LATELY: Duration = Duration::from_millis(5);
+
+/// What one step of population came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sliced {
+    /// There is more.
+    More,
+    /// The kernel refuses installs for now: go on in a moment.
+    Wait,
+    /// The range is done.
+    Done,
+    /// The source failed; that has been reported.
+    Stopped,
+}
+
+impl Session {
+    /// Brings the next absent pages of `range`, about a megabyte, and moves its start behind them. Called on a thread that may
+    /// wait for the source.
+    pub fn populate(self: &Arc<Self>, range: &mut Range<u32>, scratch: &mut Scratch) -> Sliced {
+        if self.end().is_some() {
+            return Sliced::Done;
+        }
+        let absent = self.pages.absent_run(range.start, range.end);
+        if absent.is_empty() {
+            return Sliced::Done;
+        }
+        let place = self.layout.place(absent.start);
+        let unit = place.page_size.bytes();
+        let limit = absent.end.min(self.layout.region_end(absent.start));
+        let pages = (limit - absent.start).min((READ / unit).max(1) as u32);
+
+        let mut bytes = std::mem::take(&mut scratch.reading);
+        let asked = pages as usize * unit as usize;
+        let sliced = match self.source.wait(place.offset, asked, unit as usize, &mut bytes) {
+            Ok(answer) => self.install_slices(absent.start, answer, unit, range, scratch),
+            Err(error) => {
+                let reason = error.to_string();
+                self.host.report(self, Report::PopulationStopped { page: absent.start, reason });
+                Sliced::Stopped
+            }
+        };
+        scratch.reading = bytes;
+        sliced
+    }
+
+    fn install_slices(
+        self: &Arc<Self>,
+        first: u32,
+        answer: Answer<'_>,
+        unit: u64,
+        range: &mut Range<u32>,
+        scratch: &mut Scratch,
+    ) -> Sliced {
+        let end = first + answer.pages(unit as usize);
+        let mut at = first;
+        while at < end {
+            let slice = at..end.min(at + (self.slice() / unit).max(1) as u32);
+            let part = answer.part(slice.start - first..slice.end - first, unit as usize);
+            let stopped =
+                self.inside(scratch, |core, _| self.install_absent(core, slice.clone(), part, unit as usize));
+            match stopped {
+                None => return Sliced::Done,
+                Some(None) => at = slice.end,
+                Some(Some(Stop::Busy | Stop::NoMemory)) => {
+                    range.start = slice.start;
+                    return Sliced::Wait;
+                }
+                // It counts as removed now: the walk goes on behind it.
+                Some(Some(Stop::Unmapped)) => {
+                    range.start = slice.start;
+                    return Sliced::More;
+                }
+                // Such a page is left to the fault that asks for it, and to what comes of that.
+                Some(Some(_)) => at = slice.end,
+            }
+            range.start = at;
+        }
+        range.start = end;
+        Sliced::More
+    }
+
+    /// Installs what is still absent of a run.
+    fn install_absent(
+        &self,
+        core: &mut Core,
+        run: Range<u32>,
+        answer: Answer<'_>,
+        unit: usize,
+    ) -> Option<Stop> {
+        let mut at = run.start;
+        while at < run.end {
+            if !self.pages.claim_absent(at) {
+                at += 1;
+                continue;
+            }
+            let mut end = at + 1;
+            while end < run.end && self.pages.claim_absent(end) {
+                end += 1;
+            }
+            let stopped = self.put(core, at..end, answer.part(at - run.start..end - run.start, unit), None);
+            if stopped.is_some() {
+                return stopped;
+            }
+            at = end;
+        }
+        None
+    }
+
+    fn slice(&self) -> u64 {
+        let quiet = self.now_ns(Instant::now()).saturating_sub(self.last_fault.load(Ordering::Relaxed));
+        if quiet < LATELY.as_nanos() as u64 { SHORT_SLICE } else { LONG_SLICE }
+    }
+}

@@ -1,0 +1,504 @@
+//! From a claim to a page: contents from the source, zero, an exposure, or a failure.
+//!
+//! All of it happens inside the gate. A page that was claimed here is settled, abandoned, failed, or out with a ticket when
+//! these functions return; none stays in flight for nobody.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use rustix::io::Errno;
+
+use super::policy::OnMissing;
+use super::report::{Action, End, Report};
+use super::steps::Steps;
+use super::{Core, Scratch, Session};
+use crate::delivery::{Fault, FaultFlags};
+use crate::install::{Outcome, Stop};
+use crate::memory::PageState;
+use crate::source::Answer;
+use crate::stats::Reason;
+use crate::sys::pidfd::PidFd;
+
+/// The page that someone waits for, and since when. `None` where pages are brought unasked.
+type Demand = Option<(u32, Instant)>;
+
+impl Session {
+    /// Bytes of each page of the region that `page` is in.
+    fn unit(&self, page: u32) -> usize {
+        self.layout.place(page).page_size.bytes() as usize
+    }
+
+    /// Brings a page that we have claimed, and the absent ones that follow it in its window.
+    pub(super) fn supply(self: &Arc<Self>, core: &mut Core, bytes: &mut [u8], page: u32, since: Instant) {
+        let place = self.layout.place(page);
+        let unit = place.page_size.bytes() as usize;
+        let end = self.claim_beside(page);
+        let mut at = page;
+        while at < end {
+            let offset = place.offset + u64::from(at - page) * unit as u64;
+            let length = ((end - at) as usize * unit).min(bytes.len());
+            match self.source.ask(offset, length, unit, bytes) {
+                Ok(answer) if answer != Answer::Later => {
+                    let run = at..at + answer.pages(unit);
+                    at = run.end;
+                    if self.put(core, run, answer, Some((page, since))).is_some() {
+                        return self.abandon(at..end);
+                    }
+                }
+                Ok(_) if at == page => {
+                    self.stats.counters.later.add(1);
+                    core.waiting.ticket(page, since);
+                    self.host.read_later(self, page);
+                    return self.abandon(page + 1..end);
+                }
+                Err(error) if at == page => {
+                    self.abandon(page + 1..end);
+                    return self.fail(core, page, since, &error.to_string());
+                }
+                // What was only to come beside can be asked for again.
+                Ok(_) | Err(_) => return self.abandon(at..end),
+            }
+        }
+    }
+
+    /// Claims the absent pages that follow `page` in its fault-around window, and returns one past the last.
+    fn claim_beside(&self, page: u32) -> u32 {
+        let place = self.layout.place(page);
+        let unit = place.page_size.bytes();
+        let window = self.policy.fault_around.max(unit);
+        let left = ((window - place.offset % window) / unit).min(Scratch::BYTES as u64 / unit) as u32;
+        let limit = page.saturating_add(left.max(1)).min(self.layout.region_end(page));
+        let mut end = page + 1;
+        while end < limit && self.pages.claim_absent(end) {
+            end += 1;
+        }
+        end
+    }
+
+    /// Installs a read that an I/O thread did for a page that is in flight. Called on that thread.
+    pub fn finish_read(self: &Arc<Self>, page: u32, scratch: &mut Scratch) {
+        let place = self.layout.place(page);
+        let unit = place.page_size.bytes() as usize;
+        let window = self.policy.fault_around.max(unit as u64);
+        let limit = self.layout.region_end(page) - page;
+        let pages =
+            (((window - place.offset % window) as usize).min(Scratch::BYTES) / unit).clamp(1, limit as usize);
+        // The buffer leaves the scratch for as long as contents lie in it: whoever serves inside needs one too.
+        let mut bytes = std::mem::take(&mut scratch.reading);
+        let answer = self.source.wait(place.offset, pages * unit, unit, &mut bytes);
+        self.inside(scratch, |core, scratch| {
+            let Some(waiting) = core.waiting.redeem(page) else { return };
+            match (self.pages.state(page), answer) {
+                (PageState::InFlight, Ok(answer)) => {
+                    let limit = page + answer.pages(unit);
+                    let mut end = page + 1;
+                    while end < limit && self.pages.claim_absent(end) {
+                        end += 1;
+                    }
+                    self.put(core, page..end, answer, Some((page, waiting.since)));
+                }
+                (PageState::InFlight, Err(error)) => self.fail(core, page, waiting.since, &error.to_string()),
+                // Discarded while it was read, or already there: it is looked at afresh.
+                _ => {
+                    let fault = Fault { page, flags: FaultFlags::empty(), thread: 0 };
+                    self.fault(core, &mut scratch.bytes, fault, waiting.since);
+                }
+            }
+        });
+        scratch.reading = bytes;
+    }
+
+    /// Installs a run of claimed pages with what the source answered: zero pages as zero, the rest as they are.
+    /// Returns what stopped it, if something did; what had not come by then is nobody's again.
+    pub(super) fn put(
+        &self,
+        core: &mut Core,
+        run: Range<u32>,
+        answer: Answer<'_>,
+        demand: Demand,
+    ) -> Option<Stop> {
+        let Answer::Bytes(bytes) = answer else {
+            return self.put_zero(core, run, demand);
+        };
+        let unit = self.unit(run.start);
+        let is_zero = |page: u32| all_zero(&bytes[(page - run.start) as usize * unit..][..unit]);
+        let (mut at, mut zero) = (run.start, is_zero(run.start));
+        while at < run.end {
+            let mut next = false;
+            let same = |page: &u32| {
+                next = is_zero(*page);
+                next != zero
+            };
+            let end = (at + 1..run.end).find(same).unwrap_or(run.end);
+            let stopped = if zero {
+                self.put_zero(core, at..end, demand)
+            } else {
+                let contents = &bytes[(at - run.start) as usize * unit..(end - run.start) as usize * unit];
+                self.put_bytes(core, at..end, contents, demand)
+            };
+            if stopped.is_some() {
+                self.abandon(end..run.end);
+                return stopped;
+            }
+            (at, zero) = (end, next);
+        }
+        None
+    }
+
+    fn put_bytes(&self, core: &mut Core, run: Range<u32>, contents: &[u8], demand: Demand) -> Option<Stop> {
+        let unit = self.unit(run.start);
+        if !core.install.fill_exposes() {
+            core.install.fill(&self.layout, run.start, contents);
+            // Filled is stored after the contents and before anything is exposed.
+            for page in run.clone() {
+                self.pages.filled(page);
+            }
+            self.paid(u64::from(run.end - run.start));
+            self.account(run.clone(), false, demand);
+            return self.expose(core, run, demand);
+        }
+        let mut steps = Steps::new(run.clone());
+        while let Some(step) = steps.next() {
+            let from = (step.start - run.start) as usize * unit;
+            let to = (step.end - run.start) as usize * unit;
+            let outcome = core.install.fill(&self.layout, step.start, &contents[from..to]);
+            self.settle(step.start..step.start + outcome.pages, false, demand);
+            let stopped = self.go_on(core, &mut steps, outcome, demand);
+            if stopped.is_some() {
+                return stopped;
+            }
+        }
+        None
+    }
+
+    fn put_zero(&self, core: &mut Core, run: Range<u32>, demand: Demand) -> Option<Stop> {
+        let mut steps = Steps::new(run);
+        while let Some(step) = steps.next() {
+            let outcome = core.install.zero(&self.layout, step.clone());
+            self.settle(step.start..step.start + outcome.pages, true, demand);
+            let stopped = self.go_on(core, &mut steps, outcome, demand);
+            if stopped.is_some() {
+                return stopped;
+            }
+        }
+        None
+    }
+
+    /// What an outcome means for pages that we have claimed: where to go on, or the end of the run.
+    fn go_on(&self, core: &mut Core, steps: &mut Steps, outcome: Outcome, demand: Demand) -> Option<Stop> {
+        match steps.after(outcome) {
+            None => None,
+            Some(Stop::AlreadyThere) => {
+                self.already_there(core, steps.skip());
+                None
+            }
+            Some(stop) => {
+                self.abandon(steps.left());
+                self.stopped(core, steps.left(), stop, demand);
+                Some(stop)
+            }
+        }
+    }
+
+    /// Someone was first. The page is there, and whoever waits for it has perhaps not been told.
+    fn already_there(&self, core: &Core, page: u32) {
+        self.stats.counters.already_there.add(1);
+        if self.pages.state(page) == PageState::InFlight {
+            self.paid(1);
+        }
+        self.pages.settle(page);
+        core.delivery.release(&self.layout, page..page + 1);
+    }
+
+    /// An install stopped for a reason that is not about one page. The pages of `run` are nobody's now.
+    fn stopped(&self, core: &mut Core, run: Range<u32>, stop: Stop, demand: Demand) {
+        let demanded = demand.filter(|(page, _)| run.contains(page));
+        match (stop, demanded) {
+            (Stop::Gone, _) => self.finish(End::Gone),
+            (Stop::Busy, Some((page, since))) => core.waiting.park(page, since),
+            (Stop::NoMemory, demanded) => {
+                if !std::mem::replace(&mut core.waiting.starved, true) {
+                    self.host.report(self, Report::NoMemory { hva: self.layout.place(run.start).hva });
+                }
+                if let Some((page, since)) = demanded {
+                    core.waiting.park(page, since);
+                }
+            }
+            // The layout changed under us: no thread can wait there any more, and nothing is owed to it.
+            (Stop::Unmapped, _) => self.removed(run.start..run.start + 1, Instant::now()),
+            // Unasked: it can be brought another time.
+            (Stop::Busy | Stop::Hole | Stop::AlreadyThere | Stop::Failed(_), None) => {}
+            (Stop::Hole | Stop::AlreadyThere, Some((page, since))) => core.waiting.park(page, since),
+            (Stop::Failed(errno), Some((page, since))) => {
+                self.fail(core, page, since, &format!("the kernel would not install it: {errno}"));
+            }
+        }
+    }
+
+    /// Installs zero for a page that was removed and that we have claimed.
+    pub(super) fn clear(&self, core: &mut Core, page: u32, since: Instant) {
+        let outcome = core.install.zero(&self.layout, page..page + 1);
+        match outcome.stopped {
+            None => {
+                self.stats.counters.zero_pages.add(1);
+                self.stats.counters.bytes_installed.add(self.unit(page) as u64);
+                self.stats.trace.record(page, Reason::Cleared, self.now_ns(Instant::now()));
+                self.cleared(page);
+                self.released(&(page..page + 1), Some((page, since)));
+            }
+            Some(Stop::AlreadyThere) => {
+                // Its file holds something, or the guest has a page: that is what it reads from now on.
+                self.cleared(page);
+                self.expose_removed(core, page, since);
+            }
+            Some(stop) => {
+                self.pages.abandon(page);
+                self.stopped(core, page..page + 1, stop, Some((page, since)));
+            }
+        }
+    }
+
+    /// A page of private memory stays removed for good: should it be taken away once more without a word, CONTINUE would bring
+    /// back the snapshot that its file still holds.
+    fn cleared(&self, page: u32) {
+        if self.may_detach() {
+            self.pages.settle(page);
+        } else {
+            self.pages.abandon(page);
+        }
+    }
+
+    fn expose_removed(&self, core: &mut Core, page: u32, since: Instant) {
+        if self.may_detach() {
+            self.expose(core, page..page + 1, Some((page, since)));
+        } else {
+            core.delivery.release(&self.layout, page..page + 1);
+        }
+    }
+
+    /// Lets the guest see pages that are filled, or were there before. Claims nothing: present stays present.
+    pub(super) fn expose(&self, core: &mut Core, run: Range<u32>, demand: Demand) -> Option<Stop> {
+        let mut steps = Steps::new(run.clone());
+        while let Some(step) = steps.next() {
+            let outcome = core.install.expose(&self.layout, step.clone());
+            for page in step.start..step.start + outcome.pages {
+                self.pages.settle(page);
+            }
+            match steps.after(outcome) {
+                None => {}
+                Some(Stop::AlreadyThere) => self.already_there(core, steps.skip()),
+                // What is filled stays filled: its next fault exposes it.
+                Some(stop) => {
+                    self.stopped(core, steps.left(), stop, demand);
+                    return Some(stop);
+                }
+            }
+        }
+        self.released(&run, demand);
+        None
+    }
+
+    /// The one who asked goes on: his wait is over.
+    fn released(&self, run: &Range<u32>, demand: Demand) {
+        if let Some((page, since)) = demand
+            && run.contains(&page)
+        {
+            self.stats.latency.record(since.elapsed().as_nanos() as u64);
+        }
+    }
+
+    /// Pages that were installed and exposed in one step.
+    fn settle(&self, run: Range<u32>, zero: bool, demand: Demand) {
+        if run.is_empty() {
+            return;
+        }
+        for page in run.clone() {
+            self.pages.settle(page);
+        }
+        self.paid(u64::from(run.end - run.start));
+        self.account(run.clone(), zero, demand);
+        self.released(&run, demand);
+    }
+
+    /// Counts pages that have come, and traces them.
+    fn account(&self, run: Range<u32>, zero: bool, demand: Demand) {
+        let counters = &self.stats.counters;
+        let pages = u64::from(run.end - run.start);
+        counters.bytes_installed.add(pages * self.unit(run.start) as u64);
+        if zero {
+            counters.zero_pages.add(pages);
+        }
+        let now = self.now_ns(Instant::now());
+        let demanded = demand.is_some_and(|(page, _)| run.contains(&page));
+        match demand {
+            Some(_) => {
+                counters.beside_pages.add(pages - u64::from(demanded));
+                if demanded && !zero {
+                    counters.source_pages.add(1);
+                }
+            }
+            None => counters.populated_pages.add(pages),
+        }
+        for page in run {
+            let reason = match demand {
+                Some((wanted, _)) if wanted == page => Reason::Demand,
+                Some(_) => Reason::Beside,
+                None => Reason::Population,
+            };
+            self.stats.trace.record(page, reason, now);
+        }
+    }
+
+    /// So many pages fewer are owed; the last one is worth a word.
+    pub(super) fn paid(&self, pages: u64) {
+        if pages > 0 && self.owed.fetch_sub(pages, Ordering::AcqRel) == pages {
+            self.host.report(self, Report::Full);
+        }
+    }
+
+    /// Gives claimed pages back, nothing having been written.
+    pub(super) fn abandon(&self, pages: Range<u32>) {
+        for page in pages {
+            self.pages.abandon(page);
+        }
+    }
+
+    /// A page that someone waits for cannot be had.
+    pub(super) fn fail(&self, core: &mut Core, page: u32, since: Instant, reason: &str) {
+        self.stats.counters.failures.add(1);
+        if matches!(self.pages.fail(page), PageState::Absent | PageState::InFlight) {
+            self.paid(1);
+        }
+        self.act_on_failure(core, page, since, reason);
+    }
+
+    pub(super) fn failed_again(&self, core: &mut Core, page: u32, since: Instant) {
+        self.act_on_failure(core, page, since, "it could not be had before");
+    }
+
+    fn act_on_failure(&self, core: &mut Core, page: u32, since: Instant, reason: &str) {
+        let action = match self.policy.on_missing {
+            OnMissing::Kill => self.kill(),
+            OnMissing::Poison => self.poison(core, page..page + 1),
+        };
+        if action.holds() {
+            core.waiting.stuck(page, since);
+        }
+        let hva = self.layout.place(page).hva;
+        self.host.report(self, Report::Failed { hva, page: Some(page), reason: reason.to_owned(), action });
+    }
+
+    /// A fault outside every region: nobody can say what belongs there.
+    pub(super) fn fail_stray(&self, _core: &mut Core, hva: u64) {
+        self.stats.counters.failures.add(1);
+        let action = self.kill();
+        let reason = "the address is outside every region that the VM named".to_owned();
+        self.host.report(self, Report::Failed { hva, page: None, reason, action });
+    }
+
+    /// Kills the VM.
+    pub fn kill(&self) -> Action {
+        if self.pid == Some(std::process::id()) {
+            return Action::HeldSelf;
+        }
+        match self.with_process(PidFd::kill) {
+            // A process that has ended is as good as killed.
+            Some(Ok(()) | Err(Errno::SRCH)) => Action::Killed,
+            Some(Err(errno)) => Action::Held(errno),
+            None => Action::HeldUnseen,
+        }
+    }
+
+    /// Poisons pages; where the kernel cannot, the VM is killed.
+    fn poison(&self, core: &Core, run: Range<u32>) -> Action {
+        let mut at = run.start;
+        while at < run.end {
+            let end = self.layout.region_end(at).min(run.end);
+            let outcome = core.install.poison(&self.layout, at..end);
+            at += outcome.pages;
+            match outcome.stopped {
+                None => {}
+                // A page that is there after all is not poisoned, and not missed.
+                Some(Stop::AlreadyThere) => {
+                    core.delivery.release(&self.layout, at..at + 1);
+                    at += 1;
+                }
+                Some(Stop::Gone) => return Action::Killed,
+                Some(_) => return self.kill(),
+            }
+        }
+        Action::Poisoned
+    }
+
+    /// Nothing more will be supplied to this VM: what it still lacks is treated as its policy says.
+    pub fn give_up(self: &Arc<Self>, scratch: &mut Scratch) -> Action {
+        match self.policy.on_missing {
+            OnMissing::Kill => self.kill(),
+            OnMissing::Poison => self
+                .inside(scratch, |core, _| {
+                    let mut action = Action::Poisoned;
+                    for page in 0..self.layout.pages() {
+                        if self.pages.state(page).is_lacking() {
+                            if matches!(self.pages.fail(page), PageState::Absent | PageState::InFlight) {
+                                self.paid(1);
+                            }
+                            action = self.poison(core, page..page + 1);
+                            if action != Action::Poisoned {
+                                break;
+                            }
+                        }
+                    }
+                    action
+                })
+                .unwrap_or(Action::Killed),
+        }
+    }
+
+    /// Lets go of a VM that has all its memory: its faults are the kernel's own from now on. Returns whether it did.
+    ///
+    /// Without this, the VM's next discard would hang for want of a reader of its event.
+    pub fn detach(self: &Arc<Self>, scratch: &mut Scratch) -> bool {
+        if !self.may_detach() || self.owed() > 0 {
+            return false;
+        }
+        self.inside(scratch, |core, scratch| {
+            if core.install.detach(&self.layout).is_err() && core.install.has_memory() {
+                return false;
+            }
+            // A discard that had begun waits for its event to be read.
+            while core.delivery.take(&self.layout, &mut scratch.batch).is_ok() && scratch.batch.more {}
+            self.finish(End::Detached);
+            true
+        })
+        .unwrap_or(false)
+    }
+
+    /// Whether the VM's memory is gone, and with it the session. Asked at every sign of its death.
+    pub fn check_alive(self: &Arc<Self>) -> bool {
+        let alive = self.briefly(|core| core.install.has_memory()).unwrap_or(false);
+        if !alive {
+            self.finish(End::Gone);
+        }
+        alive
+    }
+
+    /// Reports every fault that has waited longer than the policy's limit.
+    pub fn check_stalls(&self) {
+        self.briefly(|core| {
+            core.waiting.stalled(Instant::now(), self.policy.stall_warning, |page, age| {
+                self.stats.counters.stalls.add(1);
+                self.host.report(self, Report::Stalled { page, hva: self.layout.place(page).hva, age });
+            });
+        });
+    }
+}
+
+/// Whether a page is all zero. Most others show it in their first words.
+fn all_zero(page: &[u8]) -> bool {
+    let (before, words, after) = (&page[..8], page.chunks_exact(64), &page[page.len() - 8..]);
+    before.iter().all(|byte| *byte == 0)
+        && after.iter().all(|byte| *byte == 0)
+        && words.into_iter().all(|chunk| chunk.iter().fold(0, |seen, byte| seen | byte) == 0)
+}

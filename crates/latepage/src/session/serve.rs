@@ -1,0 +1,197 @@
+//! The way of a fault: take, claim, supply, release. And who does it when the gate is held.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::MutexGuard;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use super::report::{End, Report};
+use super::{Core, Scratch, Session};
+use crate::delivery::{Fault, FaultFlags, Surprise};
+use crate::memory::{Claim, PageState};
+use crate::stats::Reason;
+
+/// Batches taken from one session before its worker turns to the next.
+const BATCHES: usize = 4;
+
+/// What is left to do after a session has been served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Served {
+    /// More faults may be waiting: serve it again after the others.
+    pub more: bool,
+    /// Parked faults are to be tried again then.
+    pub due: Option<Instant>,
+}
+
+impl Served {
+    const NOTHING: Self = Self { more: false, due: None };
+}
+
+impl Session {
+    /// Serves the faults that wait. Never waits itself: where another thread holds the gate, that thread serves them.
+    pub fn serve(self: &Arc<Self>, scratch: &mut Scratch) -> Served {
+        match self.gate.try_enter() {
+            Some(guard) => self.serve_and_leave(guard, scratch),
+            None => Served::NOTHING,
+        }
+    }
+
+    fn serve_and_leave<'a>(
+        self: &'a Arc<Self>,
+        mut guard: MutexGuard<'a, Option<Core>>,
+        scratch: &mut Scratch,
+    ) -> Served {
+        loop {
+            let served = self.serve_inside(&mut guard, scratch);
+            match self.gate.leave(guard) {
+                Some(again) => guard = again,
+                None => return served,
+            }
+            self.gate.take_wanted();
+        }
+    }
+
+    /// Runs `work` inside the gate, for threads that may wait for it, and serves what came meanwhile.
+    pub(super) fn inside<R>(
+        self: &Arc<Self>,
+        scratch: &mut Scratch,
+        work: impl FnOnce(&mut Core, &mut Scratch) -> R,
+    ) -> Option<R> {
+        let mut guard = self.gate.enter();
+        let result = guard.as_mut().map(|core| work(core, scratch));
+        let asked = self.gate.take_wanted();
+        let served = if asked {
+            self.serve_and_leave(guard, scratch)
+        } else {
+            let due = guard.as_ref().and_then(|core| core.waiting.due());
+            match self.gate.leave(guard) {
+                Some(again) => {
+                    self.gate.take_wanted();
+                    self.serve_and_leave(again, scratch)
+                }
+                None => Served { more: false, due },
+            }
+        };
+        // The worker keeps the timers, and the turns.
+        if served.more || served.due.is_some() {
+            self.host.nudge(self);
+        }
+        result
+    }
+
+    fn serve_inside(self: &Arc<Self>, guard: &mut Option<Core>, scratch: &mut Scratch) -> Served {
+        let Some(core) = guard.as_mut() else { return Served::NOTHING };
+        if self.end.get().is_some() {
+            return Served::NOTHING;
+        }
+        let mut more = false;
+        for _ in 0..BATCHES {
+            self.stats.counters.reads.add(1);
+            if core.delivery.take(&self.layout, &mut scratch.batch).is_err() {
+                self.finish(End::Gone);
+                return Served::NOTHING;
+            }
+            let since = Instant::now();
+            for at in 0..scratch.batch.removed.len() {
+                self.removed(scratch.batch.removed[at].clone(), since);
+            }
+            if !scratch.batch.faults.is_empty() {
+                self.last_fault.store(self.now_ns(since), Ordering::Relaxed);
+            }
+            for at in 0..scratch.batch.faults.len() {
+                let fault = scratch.batch.faults[at];
+                self.count(fault);
+                self.fault(core, &mut scratch.bytes, fault, since);
+            }
+            while let Some(surprise) = scratch.batch.surprises.pop() {
+                self.surprised(core, surprise);
+            }
+            more = scratch.batch.more;
+            if !more {
+                break;
+            }
+        }
+        self.retry(core, scratch);
+        Served { more, due: core.waiting.due() }
+    }
+
+    fn count(&self, fault: Fault) {
+        let counters = &self.stats.counters;
+        counters.faults.add(1);
+        if fault.flags.contains(FaultFlags::WRITE) {
+            counters.writes.add(1);
+        }
+        if fault.flags.contains(FaultFlags::MINOR) {
+            counters.minors.add(1);
+        }
+        if fault.flags.contains(FaultFlags::WP) {
+            counters.write_protects.add(1);
+        }
+    }
+
+    /// One fault, from its claim to its release; or parked, or out with an I/O thread.
+    pub(super) fn fault(self: &Arc<Self>, core: &mut Core, bytes: &mut [u8], fault: Fault, since: Instant) {
+        let page = fault.page;
+        if fault.flags.contains(FaultFlags::WP) {
+            // Nothing of ours protects pages yet: whoever did, the write may go on.
+            core.install.unprotect(&self.layout, page);
+            core.delivery.release(&self.layout, page..page + 1);
+            return;
+        }
+        match self.pages.claim(page) {
+            Claim::Fill => self.supply(core, bytes, page, since),
+            Claim::Clear => self.clear(core, page, since),
+            // Whoever has claimed it releases everyone who waits for the page.
+            Claim::Wait => self.stats.counters.joined.add(1),
+            Claim::Expose => {
+                self.expose(core, page..page + 1, Some((page, since)));
+            }
+            Claim::Present => {
+                self.stats.counters.present.add(1);
+                self.expose(core, page..page + 1, Some((page, since)));
+            }
+            Claim::Failed => self.failed_again(core, page, since),
+        }
+    }
+
+    /// The VMM has discarded pages: from now on they read as zero, or as what their file then holds.
+    pub(super) fn removed(&self, pages: Range<u32>, now: Instant) {
+        let at = self.now_ns(now);
+        for page in pages {
+            let was = self.pages.remove(page);
+            if matches!(was, PageState::Absent | PageState::InFlight) {
+                self.paid(1);
+            }
+            if was != PageState::Removed {
+                self.stats.counters.removed_pages.add(1);
+                self.stats.trace.record(page, Reason::Removed, at);
+            }
+        }
+    }
+
+    fn surprised(&self, core: &mut Core, surprise: Surprise) {
+        let what = surprise.to_string();
+        match surprise {
+            // It would wait for ever: no region says what belongs there.
+            Surprise::Stray(address) => return self.fail_stray(core, address),
+            Surprise::Forked(child) => core.forked.push(child),
+            Surprise::Moved { .. } | Surprise::Unknown(_) => {}
+        }
+        self.host.report(self, Report::Surprise(what));
+    }
+
+    /// Tries parked faults again, once each, if their time has come.
+    fn retry(self: &Arc<Self>, core: &mut Core, scratch: &mut Scratch) {
+        let round = core.waiting.begin_round(Instant::now());
+        for _ in 0..round {
+            let Some(waiting) = core.waiting.next_parked() else { break };
+            self.stats.counters.retries.add(1);
+            let fault = Fault { page: waiting.page, flags: FaultFlags::empty(), thread: 0 };
+            self.fault(core, &mut scratch.bytes, fault, waiting.since);
+        }
+        if round > 0 {
+            core.waiting.end_round();
+        }
+    }
+}

@@ -1,0 +1,106 @@
+//! Faults that could not be served at once. The kernel delivers a fault once: what is not kept here is lost for ever.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+/// The first pause before an install that the kernel refused for now is tried again. After its event was read, the thread that
+/// discards must run before installs succeed; 68 to 84 tight retries were seen.
+const FIRST_PAUSE: Duration = Duration::from_micros(50);
+const LONGEST_PAUSE: Duration = Duration::from_millis(20);
+
+/// A fault that waits, and since when.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Waiting {
+    pub(super) page: u32,
+    pub(super) since: Instant,
+    pub(super) reported: bool,
+}
+
+/// Everything that waits in one session.
+pub(super) struct WaitingRoom {
+    /// To be tried again on a timer; nobody has claimed their pages.
+    parked: VecDeque<Waiting>,
+    /// Out with an I/O thread; their pages are in flight.
+    tickets: Vec<Waiting>,
+    /// Failed, and the VM could not be killed: they are reported until someone does something.
+    stuck: Vec<Waiting>,
+    pause: Duration,
+    due: Option<Instant>,
+    /// Whether the kernel's lack of memory has been reported since it last had some.
+    pub(super) starved: bool,
+}
+
+impl WaitingRoom {
+    pub(super) fn new(threads: usize) -> Self {
+        Self {
+            parked: VecDeque::with_capacity(threads),
+            tickets: Vec::with_capacity(threads),
+            stuck: Vec::new(),
+            pause: FIRST_PAUSE,
+            due: None,
+            starved: false,
+        }
+    }
+
+    pub(super) fn park(&mut self, page: u32, since: Instant) {
+        self.parked.push_back(Waiting { page, since, reported: false });
+        if self.due.is_none() {
+            self.due = Some(Instant::now() + self.pause);
+        }
+    }
+
+    /// When parked faults are to be tried again.
+    pub(super) fn due(&self) -> Option<Instant> {
+        self.due
+    }
+
+    /// How many parked faults to try now: all that wait, once each, if their time has come.
+    pub(super) fn begin_round(&mut self, now: Instant) -> usize {
+        match self.due {
+            Some(due) if due <= now => {
+                self.due = None;
+                self.pause = (self.pause * 2).min(LONGEST_PAUSE);
+                self.parked.len()
+            }
+            _ => 0,
+        }
+    }
+
+    pub(super) fn next_parked(&mut self) -> Option<Waiting> {
+        self.parked.pop_front()
+    }
+
+    /// After a round in which nothing was parked again, the next trouble starts with a short pause.
+    pub(super) fn end_round(&mut self) {
+        if self.parked.is_empty() {
+            self.pause = FIRST_PAUSE;
+            self.starved = false;
+        }
+    }
+
+    pub(super) fn ticket(&mut self, page: u32, since: Instant) {
+        self.tickets.push(Waiting { page, since, reported: false });
+    }
+
+    /// Takes back the ticket of a page.
+    pub(super) fn redeem(&mut self, page: u32) -> Option<Waiting> {
+        let at = self.tickets.iter().position(|waiting| waiting.page == page)?;
+        Some(self.tickets.swap_remove(at))
+    }
+
+    pub(super) fn stuck(&mut self, page: u32, since: Instant) {
+        self.stuck.push(Waiting { page, since, reported: false });
+    }
+
+    /// Every fault that has grown older than `limit` and has not been reported yet.
+    pub(super) fn stalled(&mut self, now: Instant, limit: Duration, mut report: impl FnMut(u32, Duration)) {
+        let all = self.parked.iter_mut().chain(&mut self.tickets).chain(&mut self.stuck);
+        for waiting in all.filter(|waiting| !waiting.reported) {
+            let age = now.saturating_duration_since(waiting.since);
+            if age >= limit {
+                waiting.reported = true;
+                report(waiting.page, age);
+            }
+        }
+    }
+}

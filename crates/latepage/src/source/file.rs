@@ -1,0 +1,270 @@
+//! A memory file: the snapshot of a VM's memory as one regular file.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rustix::fs::{FileType, Mode, OFlags, Stat};
+use rustix::io::Errno;
+
+use crate::memory::Layout;
+use crate::sys::file;
+
+use super::extents::{Extent, Extents};
+use super::lease::{Guard, Readable};
+use super::{Answer, Source, SourceError, SourceNotice};
+
+/// A regular file, read by preadv2(2). Its holes are answered without reading; while it is served a read lease holds
+/// writers back, where one is granted (see `docs/source.md`).
+#[derive(Debug)]
+pub struct FileSource {
+    file: Arc<Opened>,
+    extents: Extents,
+    at_once: AtOnce,
+    guard: Guard,
+}
+
+/// The file, and what it was when it was opened.
+#[derive(Debug)]
+pub(super) struct Opened {
+    pub(super) fd: OwnedFd,
+    pub(super) path: PathBuf,
+    pub(super) size: u64,
+    /// Time of modification: seconds and nanoseconds.
+    modified: (i64, i64),
+}
+
+impl Opened {
+    /// What about the file is no longer as it was, if anything.
+    pub(super) fn difference(&self) -> Option<&'static str> {
+        match rustix::fs::fstat(&self.fd) {
+            Ok(stat) if stat.st_size as u64 != self.size => Some("its size differs"),
+            Ok(stat) if modified(&stat) != self.modified => Some("its time of modification differs"),
+            Ok(_) => None,
+            Err(_) => Some("it cannot be looked at any more"),
+        }
+    }
+}
+
+fn modified(stat: &Stat) -> (i64, i64) {
+    // The type of the nanoseconds differs between architectures.
+    #[allow(clippy::unnecessary_cast)]
+    (stat.st_mtime as i64, stat.st_mtime_nsec as i64)
+}
+
+/// How a page is had without waiting for a device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum AtOnce {
+    /// From the page cache, and the kernel says so if it is not there.
+    Cached,
+    /// It is in memory by its nature (tmpfs).
+    Memory,
+    /// The file system cannot tell: every page is asked for with `wait`.
+    Never,
+}
+
+impl FileSource {
+    /// Opens a memory file, finds its holes, and takes a read lease if it can.
+    ///
+    /// # Errors
+    /// [`SourceError`]: there is none, it cannot be read, it is no regular file, it is empty.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self, SourceError> {
+        Self::open_with(path.as_ref().to_owned(), Guard::new)
+    }
+
+    pub(super) fn open_with(
+        path: PathBuf,
+        guard: impl FnOnce(Arc<Opened>) -> Result<Guard, Errno>,
+    ) -> Result<Self, SourceError> {
+        // O_NONBLOCK: opening a pipe or a device must not wait. It means nothing for regular files.
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOCTTY | OFlags::NONBLOCK;
+        let fd = match rustix::fs::open(&path, flags, Mode::empty()) {
+            Ok(fd) => fd,
+            Err(Errno::NOENT) => return Err(SourceError::Missing { path }),
+            Err(Errno::NXIO) => {
+                return Err(SourceError::NotRegular { path, kind: "a socket or a device without a driver" });
+            }
+            Err(errno) => return Err(SourceError::Unreadable { path, errno }),
+        };
+        let stat = match rustix::fs::fstat(&fd) {
+            Ok(stat) => stat,
+            Err(errno) => return Err(SourceError::Unreadable { path, errno }),
+        };
+        if let Some(kind) = irregular(&stat) {
+            return Err(SourceError::NotRegular { path, kind });
+        }
+        let size = stat.st_size as u64;
+        if size == 0 {
+            return Err(SourceError::Empty { path });
+        }
+        let at_once = match file::read_cached(fd.as_fd(), &mut [0], 0) {
+            Ok(_) | Err(Errno::AGAIN) => AtOnce::Cached,
+            Err(Errno::OPNOTSUPP) if file::lives_in_memory(fd.as_fd()) => AtOnce::Memory,
+            Err(Errno::OPNOTSUPP) => AtOnce::Never,
+            Err(errno) => return Err(SourceError::Read { path, offset: 0, errno }),
+        };
+        let opened = Arc::new(Opened { fd, path, size, modified: modified(&stat) });
+        // The lease first: the holes are those of a file that nobody writes.
+        let guard = guard(Arc::clone(&opened))
+            .map_err(|errno| SourceError::Unreadable { path: opened.path.clone(), errno })?;
+        if let Some(how) = opened.difference() {
+            return Err(SourceError::Changed { path: opened.path.clone(), how });
+        }
+        let extents = Extents::find(opened.fd.as_fd(), size).map_err(|errno| SourceError::Read {
+            path: opened.path.clone(),
+            offset: 0,
+            errno,
+        })?;
+        Ok(Self { file: opened, extents, at_once, guard })
+    }
+
+    /// The path that it was opened by.
+    pub fn path(&self) -> &Path {
+        &self.file.path
+    }
+
+    /// Whether a read lease holds writers back now.
+    pub fn has_lease(&self) -> bool {
+        self.guard.has_lease()
+    }
+
+    /// What is to be done for a range: zero, or a read. It covers whole units.
+    fn plan(&self, offset: u64, length: usize, unit: usize) -> Result<Plan, SourceError> {
+        let size = self.file.size;
+        let (unit, length) = (unit as u64, length as u64);
+        debug_assert!(unit > 0 && length >= unit, "at least one unit is asked for");
+        if offset.checked_add(unit).is_none_or(|end| end > size) {
+            return Err(SourceError::Beyond { path: self.file.path.clone(), offset, length, size });
+        }
+        let most = length.min(size - offset) / unit * unit;
+        Ok(match self.extents.at(offset) {
+            Extent::Hole(end) if end - offset >= unit => Plan::Zero(((end - offset) / unit * unit).min(most)),
+            // A hole that is smaller than a unit is read with what follows it, the rest of a unit with the hole after it.
+            Extent::Hole(_) => Plan::Read(unit as usize),
+            Extent::Data(end) => Plan::Read((end - offset).next_multiple_of(unit).min(most) as usize),
+        })
+    }
+
+    /// Reads whole units from the start of the range: how many bytes, or 0 if the first is not to be had now.
+    fn read(
+        &self,
+        offset: u64,
+        unit: usize,
+        scratch: &mut [u8],
+        at_once: bool,
+    ) -> Result<usize, SourceError> {
+        let fd = self.file.fd.as_fd();
+        let mut done = 0;
+        while done < unit {
+            let at = offset + done as u64;
+            let read = match at_once {
+                true if self.at_once == AtOnce::Cached => file::read_cached(fd, &mut scratch[done..], at),
+                _ => file::read(fd, &mut scratch[done..], at),
+            };
+            match read {
+                // Admission and `plan` keep within the size that the file had, so it has another one now.
+                Ok(0) => {
+                    return Err(SourceError::Truncated {
+                        path: self.file.path.clone(),
+                        offset: at,
+                        size: self.file.size,
+                    });
+                }
+                Ok(read) => done += read,
+                Err(Errno::AGAIN | Errno::OPNOTSUPP) if at_once => return Ok(0),
+                Err(errno) => {
+                    return Err(SourceError::Read { path: self.file.path.clone(), offset: at, errno });
+                }
+            }
+        }
+        Ok(done / unit * unit)
+    }
+
+    fn answer<'a>(
+        &'a self,
+        offset: u64,
+        length: usize,
+        unit: usize,
+        scratch: &'a mut [u8],
+        at_once: bool,
+    ) -> Result<Answer<'a>, SourceError> {
+        let answer = match self.plan(offset, length, unit)? {
+            Plan::Zero(bytes) => Answer::Zero(bytes),
+            Plan::Read(_) if at_once && self.at_once == AtOnce::Never => return Ok(Answer::Later),
+            Plan::Read(bytes) => match self.read(offset, unit, &mut scratch[..bytes], at_once)? {
+                0 => return Ok(Answer::Later),
+                bytes => Answer::Bytes(&scratch[..bytes]),
+            },
+        };
+        // After the read: what was read before a writer was let in is the snapshot's.
+        match if at_once { self.guard.readable() } else { self.guard.wait_readable() } {
+            Readable::Yes => Ok(answer),
+            Readable::Later => Ok(Answer::Later),
+            Readable::No => Err(SourceError::OpenedForWriting { path: self.file.path.clone() }),
+        }
+    }
+}
+
+enum Plan {
+    Zero(u64),
+    Read(usize),
+}
+
+impl Source for FileSource {
+    fn describe(&self) -> String {
+        format!("memory file {}", self.file.path.display())
+    }
+
+    fn size(&self) -> u64 {
+        self.file.size
+    }
+
+    fn ask<'a>(
+        &'a self,
+        offset: u64,
+        length: usize,
+        unit: usize,
+        scratch: &'a mut [u8],
+    ) -> Result<Answer<'a>, SourceError> {
+        self.answer(offset, length, unit, scratch, true)
+    }
+
+    fn wait<'a>(
+        &'a self,
+        offset: u64,
+        length: usize,
+        unit: usize,
+        scratch: &'a mut [u8],
+    ) -> Result<Answer<'a>, SourceError> {
+        self.answer(offset, length, unit, scratch, false)
+    }
+
+    fn check(&self) -> Vec<SourceNotice> {
+        self.guard.check()
+    }
+
+    fn admit(&self, layout: &Layout) -> Result<(), SourceError> {
+        let (source, vm) = (self.size(), layout.end());
+        if source != vm {
+            return Err(SourceError::Size { what: self.describe(), source_bytes: source, vm_bytes: vm });
+        }
+        self.guard.admit()
+    }
+
+    fn filled(&self) {
+        self.guard.filled();
+    }
+}
+
+/// What a file is that is no regular one.
+fn irregular(stat: &Stat) -> Option<&'static str> {
+    Some(match FileType::from_raw_mode(stat.st_mode) {
+        FileType::RegularFile => return None,
+        FileType::Directory => "a directory",
+        FileType::Fifo => "a pipe",
+        FileType::Socket => "a socket",
+        FileType::CharacterDevice => "a character device",
+        FileType::BlockDevice => "a block device",
+        _ => "something else",
+    })
+}

@@ -1,0 +1,105 @@
+//! Where a page's contents come from: the trait, and a memory file.
+//!
+//! A [`Source`] says at once what it has at hand ([`Answer::Bytes`]), that a range is zero without reading it
+//! ([`Answer::Zero`]), or that it would have to wait ([`Answer::Later`]): then the pager asks again on an I/O thread with
+//! [`Source::wait`]. So a cold page of one VM never delays a hot fault of another. What a source cannot supply is a
+//! [`SourceError`], never a zero page.
+//!
+//! A source knows nothing of userfaultfd, of sessions, or of how contents get into a guest. See `docs/source.md`.
+
+mod error;
+mod extents;
+mod file;
+mod lease;
+mod notice;
+#[cfg(test)]
+mod tests;
+
+pub use self::error::SourceError;
+pub use self::file::FileSource;
+pub use self::notice::{NoLease, SourceNotice};
+
+use crate::memory::Layout;
+
+/// What a source answers. It covers a prefix of what was asked: a positive multiple of the asker's unit, never more than
+/// the length asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Answer<'a> {
+    /// The contents, in the asker's scratch or in memory of the source itself.
+    Bytes(&'a [u8]),
+    /// That many bytes, all zero. They were not read, and need not be copied.
+    Zero(u64),
+    /// It would have to wait: ask again with [`Source::wait`], on a thread that may.
+    Later,
+}
+
+/// Supplies the contents of guest memory.
+///
+/// Offsets are in bytes from the start of the snapshot. `unit` is the asker's page size in bytes (4096, or 2 MiB for
+/// hugetlb): `offset` and `length` are multiples of it, `length` is at least one unit, and the scratch holds at least
+/// `length` bytes.
+///
+/// # Example
+/// ```
+/// use latepage::source::{Answer, FileSource, Source};
+///
+/// let path = std::env::temp_dir().join(format!("latepage-doc-{}", std::process::id()));
+/// std::fs::write(&path, [7; 8192])?;
+/// let source = FileSource::open(&path)?;
+/// let mut scratch = [0; 4096];
+/// assert_eq!(source.wait(4096, 4096, 4096, &mut scratch)?, Answer::Bytes(&[7; 4096]));
+/// # std::fs::remove_file(&path)?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub trait Source: Send + Sync {
+    /// What it is, for log lines: a path, a reference to an image, a host.
+    fn describe(&self) -> String;
+
+    /// Bytes of memory that it holds.
+    fn size(&self) -> u64;
+
+    /// Answers from what is at hand. It never blocks, never allocates, and takes no lock that is held across I/O.
+    ///
+    /// # Errors
+    /// What cannot be supplied, now or ever: see [`SourceError`].
+    fn ask<'a>(
+        &'a self,
+        offset: u64,
+        length: usize,
+        unit: usize,
+        scratch: &'a mut [u8],
+    ) -> Result<Answer<'a>, SourceError>;
+
+    /// Answers, waiting as long as it takes. Called on threads that may block; never [`Answer::Later`].
+    ///
+    /// # Errors
+    /// What cannot be supplied: see [`SourceError`].
+    fn wait<'a>(
+        &'a self,
+        offset: u64,
+        length: usize,
+        unit: usize,
+        scratch: &'a mut [u8],
+    ) -> Result<Answer<'a>, SourceError>;
+
+    /// Looks after itself, about once a second and off the path of a fault. Each notice is given once.
+    fn check(&self) -> Vec<SourceNotice> {
+        Vec::new()
+    }
+
+    /// Whether a VM with this layout can be served from it.
+    ///
+    /// # Errors
+    /// [`SourceError::Size`] with both sizes, or why nobody can be served any more.
+    fn admit(&self, layout: &Layout) -> Result<(), SourceError> {
+        let (source, vm) = (self.size(), layout.end());
+        if source == vm {
+            Ok(())
+        } else {
+            Err(SourceError::Size { what: self.describe(), source_bytes: source, vm_bytes: vm })
+        }
+    }
+
+    /// Every VM served from it has all that it needs: what the source keeps from others for their sake may be let go.
+    fn filled(&self) {}
+}

@@ -1,0 +1,60 @@
+//! What a session has done and how fast: counters, a latency histogram, and the trace of which pages came when and why.
+//!
+//! Everything in here is lock-free, allocates nothing while it records, and may be read while it is written.
+
+mod counters;
+mod histogram;
+mod trace;
+
+pub use counters::{Counter, Counters, CountersSnapshot};
+pub use histogram::{BUCKETS, Histogram, HistogramSnapshot, bucket_range};
+pub use trace::{Reason, TraceEntry, TraceRead, TraceRing};
+
+#[cfg(all(test, not(loom)))]
+mod properties;
+#[cfg(all(test, loom))]
+mod races;
+
+/// The statistics of one session.
+#[derive(Debug)]
+pub struct Stats {
+    /// What was done, and how often.
+    pub counters: Counters,
+    /// How long faults took from the moment that they were delivered to us to their release, in ns.
+    pub latency: Histogram,
+    /// Which pages came in, in what order, when and why.
+    pub trace: TraceRing,
+}
+
+impl Stats {
+    /// Statistics of which nothing has happened yet, with a trace of the last `trace_capacity` events (16 bytes each; 0 for none).
+    pub fn new(trace_capacity: usize) -> Self {
+        Self {
+            counters: Counters::default(),
+            latency: Histogram::new(),
+            trace: TraceRing::new(trace_capacity),
+        }
+    }
+
+    /// The counters and the histogram as plain numbers. Taken while others record, so that they may differ by what is under way.
+    pub fn snapshot(&self) -> StatsSnapshot {
+        StatsSnapshot { counters: self.counters.snapshot(), latency: self.latency.snapshot() }
+    }
+}
+
+/// Statistics as plain numbers: of one session, or of several that were merged.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct StatsSnapshot {
+    /// What was done, and how often.
+    pub counters: CountersSnapshot,
+    /// How long faults took, in ns.
+    pub latency: HistogramSnapshot,
+}
+
+impl StatsSnapshot {
+    /// Adds another session's, so that this is the sum of both.
+    pub fn merge(&mut self, other: &Self) {
+        self.counters.merge(&other.counters);
+        self.latency.merge(&other.latency);
+    }
+}

@@ -1,0 +1,68 @@
+//! Regular files: reading what is in the page cache and nothing else, and finding holes. No unsafe code is needed for it.
+
+use std::fs;
+use std::io::IoSliceMut;
+use std::os::fd::BorrowedFd;
+
+use rustix::fs::SeekFrom;
+use rustix::io::{Errno, ReadWriteFlags};
+
+/// `TMPFS_MAGIC` (`linux/magic.h`).
+const TMPFS_MAGIC: u64 = 0x0102_1994;
+
+/// Reads what is in memory now, preadv2(2) with RWF_NOWAIT: a prefix of what was asked if the rest would need the device.
+///
+/// # Errors
+/// `AGAIN`: not even the first byte is in memory. `OPNOTSUPP`: the file system cannot tell (tmpfs among them).
+pub fn read_cached(file: BorrowedFd<'_>, buffer: &mut [u8], offset: u64) -> Result<usize, Errno> {
+    read_with(file, buffer, offset, ReadWriteFlags::NOWAIT)
+}
+
+/// Reads, waiting for the device; 0 bytes at the end of the file. May come short.
+///
+/// # Errors
+/// What preadv2(2) said.
+pub fn read(file: BorrowedFd<'_>, buffer: &mut [u8], offset: u64) -> Result<usize, Errno> {
+    read_with(file, buffer, offset, ReadWriteFlags::empty())
+}
+
+fn read_with(
+    file: BorrowedFd<'_>,
+    buffer: &mut [u8],
+    offset: u64,
+    flags: ReadWriteFlags,
+) -> Result<usize, Errno> {
+    loop {
+        match rustix::io::preadv2(file, &mut [IoSliceMut::new(buffer)], offset, flags) {
+            Err(Errno::INTR) => {}
+            result => return result,
+        }
+    }
+}
+
+/// Where the next data begins, at `offset` or after it; `None` if there is only a hole up to the end.
+///
+/// # Errors
+/// `INVAL`: the file system knows no holes.
+pub fn next_data(file: BorrowedFd<'_>, offset: u64) -> Result<Option<u64>, Errno> {
+    match rustix::fs::seek(file, SeekFrom::Data(offset)) {
+        Ok(at) => Ok(Some(at)),
+        Err(Errno::NXIO) => Ok(None),
+        Err(errno) => Err(errno),
+    }
+}
+
+/// Where the next hole begins, at `offset` or after it; the end of the file counts as one.
+///
+/// # Errors
+/// As [`next_data`], and `NXIO` past the end.
+pub fn next_hole(file: BorrowedFd<'_>, offset: u64) -> Result<u64, Errno> {
+    rustix::fs::seek(file, SeekFrom::Hole(offset))
+}
+
+/// Whether all of the file is in memory by its nature: on tmpfs, while the machine has no swap.
+pub fn lives_in_memory(file: BorrowedFd<'_>) -> bool {
+    let on_tmpfs = rustix::fs::fstatfs(file).is_ok_and(|found| found.f_type as u64 == TMPFS_MAGIC);
+    // One line of headings, then one for each swap device.
+    on_tmpfs && fs::read_to_string("/proc/swaps").is_ok_and(|swaps| swaps.lines().count() <= 1)
+}

@@ -1,0 +1,272 @@
+//! Mappings of memory: a guest view, an install view, or a file.
+
+use std::ffi::c_void;
+use std::os::fd::BorrowedFd;
+use std::ptr;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use rustix::io::Errno;
+use rustix::mm::{Advice, MapFlags, ProtFlags};
+
+/// Mappings start at a multiple of this, so that a 2 MiB page of guest memory is one of the host's too.
+const ALIGNMENT: usize = 2 << 20;
+
+/// A mapping failed.
+#[derive(Debug, thiserror::Error)]
+#[error("{call} of {length:#x} bytes: {errno}{}", hint(.call, *.errno))]
+pub struct MapError {
+    /// The call that failed.
+    pub call: &'static str,
+    /// Bytes asked for.
+    pub length: usize,
+    /// What the kernel said.
+    pub errno: Errno,
+}
+
+fn hint(call: &str, errno: Errno) -> &'static str {
+    match (call, errno) {
+        ("mmap(hugetlb)", Errno::NOMEM) => " (too few huge pages: raise vm.nr_hugepages)",
+        _ => "",
+    }
+}
+
+/// Memory mapped into this process, unmapped when dropped.
+///
+/// Others may change it at any time: a guest, or another process through another view. So it is never lent out as a slice; it
+/// is copied from and to, and single words are read and written atomically.
+#[derive(Debug)]
+pub struct Mapping {
+    base: *mut u8,
+    length: usize,
+}
+
+// SAFETY: the mapping belongs to this value alone, is valid in every thread, and is only reached through copies and atomics.
+unsafe impl Send for Mapping {}
+// SAFETY: as for Send.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    /// Private zero memory.
+    ///
+    /// # Errors
+    /// [`MapError`].
+    pub fn anonymous(length: usize) -> Result<Self, MapError> {
+        Self::map(
+            "mmap(anonymous)",
+            length,
+            ProtFlags::READ | ProtFlags::WRITE,
+            MapFlags::PRIVATE | MapFlags::NORESERVE,
+            None,
+        )
+    }
+
+    /// Private zero memory in 2 MiB pages from the machine's pool.
+    ///
+    /// # Errors
+    /// [`MapError`]: ENOMEM where the pool is too small.
+    pub fn hugetlb(length: usize) -> Result<Self, MapError> {
+        let flags = MapFlags::PRIVATE | MapFlags::HUGETLB | MapFlags::HUGE_2MB;
+        Self::map("mmap(hugetlb)", length, ProtFlags::READ | ProtFlags::WRITE, flags, None)
+    }
+
+    /// Like [`hugetlb`](Self::hugetlb), but takes nothing from the pool until a page is touched (as Firecracker maps).
+    ///
+    /// # Errors
+    /// [`MapError`].
+    pub fn hugetlb_unreserved(length: usize) -> Result<Self, MapError> {
+        let flags = MapFlags::PRIVATE | MapFlags::HUGETLB | MapFlags::HUGE_2MB | MapFlags::NORESERVE;
+        Self::map("mmap(hugetlb)", length, ProtFlags::READ | ProtFlags::WRITE, flags, None)
+    }
+
+    /// A file's bytes from `offset`, shared with everyone who maps it.
+    ///
+    /// # Errors
+    /// [`MapError`].
+    pub fn shared(file: BorrowedFd<'_>, offset: u64, length: usize) -> Result<Self, MapError> {
+        Self::map(
+            "mmap(shared)",
+            length,
+            ProtFlags::READ | ProtFlags::WRITE,
+            MapFlags::SHARED,
+            Some((file, offset)),
+        )
+    }
+
+    /// A file's bytes from `offset`, copied when written.
+    ///
+    /// # Errors
+    /// [`MapError`].
+    pub fn private(file: BorrowedFd<'_>, offset: u64, length: usize) -> Result<Self, MapError> {
+        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+        Self::map("mmap(private)", length, ProtFlags::READ | ProtFlags::WRITE, flags, Some((file, offset)))
+    }
+
+    fn map(
+        call: &'static str,
+        length: usize,
+        protection: ProtFlags,
+        flags: MapFlags,
+        file: Option<(BorrowedFd<'_>, u64)>,
+    ) -> Result<Self, MapError> {
+        let failed = |errno| MapError { call, length, errno };
+        let whole = length.checked_add(ALIGNMENT).filter(|_| length > 0).ok_or(failed(Errno::INVAL))?;
+        // SAFETY: no address is given, so nothing that exists is mapped over.
+        let reserved = unsafe {
+            rustix::mm::mmap_anonymous(
+                ptr::null_mut(),
+                whole,
+                ProtFlags::empty(),
+                MapFlags::PRIVATE | MapFlags::NORESERVE,
+            )
+        }
+        .map_err(failed)?;
+        let skip = reserved.addr().next_multiple_of(ALIGNMENT) - reserved.addr();
+        // The reservation is trimmed to the pages that will be used; `edge` rounds up what comes behind them.
+        let page = rustix::param::page_size();
+        let edge = (skip + length).next_multiple_of(if flags.contains(MapFlags::HUGETLB) {
+            ALIGNMENT
+        } else {
+            page
+        });
+        let base = reserved.wrapping_byte_add(skip);
+        let flags = flags | MapFlags::FIXED;
+        let mapped = match file {
+            // SAFETY: the range lies inside the reservation, which is ours and unused.
+            Some((file, offset)) => unsafe {
+                rustix::mm::mmap(base, length, protection, flags, file, offset)
+            },
+            // SAFETY: as above.
+            None => unsafe { rustix::mm::mmap_anonymous(base, length, protection, flags) },
+        };
+        if let Err(errno) = mapped {
+            // SAFETY: the whole reservation is ours and nothing points into it.
+            let _ = unsafe { rustix::mm::munmap(reserved, whole) };
+            return Err(failed(errno));
+        }
+        if skip > 0 {
+            // SAFETY: the part of the reservation before the mapping; nothing points into it.
+            let _ = unsafe { rustix::mm::munmap(reserved, skip) };
+        }
+        if edge < whole {
+            // SAFETY: the part of the reservation behind the mapping; nothing points into it.
+            let _ = unsafe { rustix::mm::munmap(reserved.wrapping_byte_add(edge), whole - edge) };
+        }
+        Ok(Self { base: base.cast(), length })
+    }
+
+    /// Where it begins, in this process.
+    pub fn address(&self) -> u64 {
+        self.base.addr() as u64
+    }
+
+    /// Its length in bytes.
+    pub fn len(&self) -> usize {
+        self.length
+    }
+
+    /// Never: a mapping has at least one byte.
+    pub fn is_empty(&self) -> bool {
+        false
+    }
+
+    /// The pointer to `offset`, after a check that `length` bytes follow it.
+    ///
+    /// # Panics
+    /// If they do not: the caller's arithmetic is wrong, and going on would touch foreign memory.
+    fn at(&self, offset: usize, length: usize) -> *mut u8 {
+        assert!(
+            offset.checked_add(length).is_some_and(|end| end <= self.length),
+            "{offset:#x}+{length:#x} is outside a mapping of {:#x} bytes",
+            self.length
+        );
+        self.base.wrapping_add(offset)
+    }
+
+    /// Copies out. May wait for a page, where the memory is registered with a userfaultfd.
+    ///
+    /// # Panics
+    /// If the range is outside the mapping.
+    pub fn read(&self, offset: usize, into: &mut [u8]) {
+        let from = self.at(offset, into.len());
+        // SAFETY: `from` is valid for the length (checked), and cannot overlap a Rust slice, which is never part of a mapping.
+        // Others may write at the same time; then single bytes may be old or new, which is what a reader of a live guest gets.
+        unsafe { ptr::copy_nonoverlapping(from, into.as_mut_ptr(), into.len()) }
+    }
+
+    /// Copies in.
+    ///
+    /// # Panics
+    /// If the range is outside the mapping.
+    pub fn write(&self, offset: usize, from: &[u8]) {
+        let to = self.at(offset, from.len());
+        // SAFETY: as in `read`.
+        unsafe { ptr::copy_nonoverlapping(from.as_ptr(), to, from.len()) }
+    }
+
+    /// The word at `offset`, atomically.
+    ///
+    /// # Panics
+    /// If `offset` is outside the mapping or no multiple of 8.
+    pub fn load(&self, offset: usize) -> u64 {
+        self.word(offset).load(Ordering::Acquire)
+    }
+
+    /// Stores a word at `offset`, atomically.
+    ///
+    /// # Panics
+    /// As [`load`](Self::load).
+    pub fn store(&self, offset: usize, value: u64) {
+        self.word(offset).store(value, Ordering::Release);
+    }
+
+    fn word(&self, offset: usize) -> &AtomicU64 {
+        assert!(offset.is_multiple_of(8), "a word lies at a multiple of 8, not at {offset:#x}");
+        let word: *mut u64 = self.at(offset, 8).cast();
+        // SAFETY: valid for 8 bytes and aligned (checked; the base is aligned to 2 MiB), and lives as long as `self`.
+        unsafe { AtomicU64::from_ptr(word) }
+    }
+
+    /// madvise(MADV_DONTNEED): private memory reads as zero afterwards, shared memory as its file.
+    ///
+    /// # Errors
+    /// The errno of madvise(2).
+    ///
+    /// # Panics
+    /// If the range is outside the mapping.
+    pub fn dont_need(&self, offset: usize, length: usize) -> Result<(), Errno> {
+        self.advise(offset, length, Advice::LinuxDontNeed)
+    }
+
+    /// madvise(MADV_REMOVE): shared memory and its file read as zero afterwards, in every view.
+    ///
+    /// # Errors
+    /// The errno of madvise(2).
+    ///
+    /// # Panics
+    /// If the range is outside the mapping.
+    pub fn remove(&self, offset: usize, length: usize) -> Result<(), Errno> {
+        self.advise(offset, length, Advice::LinuxRemove)
+    }
+
+    /// madvise(MADV_HUGEPAGE) over all of it.
+    ///
+    /// # Errors
+    /// The errno of madvise(2).
+    pub fn prefer_huge(&self) -> Result<(), Errno> {
+        self.advise(0, self.length, Advice::LinuxHugepage)
+    }
+
+    fn advise(&self, offset: usize, length: usize, advice: Advice) -> Result<(), Errno> {
+        let start: *mut c_void = self.at(offset, length).cast();
+        // SAFETY: the range is ours (checked), and no reference into it exists that could see it change: only copies and
+        // atomics reach it.
+        unsafe { rustix::mm::madvise(start, length, advice) }
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours, and nothing can reach it after this.
+        let _ = unsafe { rustix::mm::munmap(self.base.cast(), self.length) };
+    }
+}

@@ -1,0 +1,52 @@
+//! Memory files: memory that two processes can map.
+
+use std::os::fd::{BorrowedFd, OwnedFd};
+
+use rustix::fs::{MemfdFlags, SealFlags};
+use rustix::io::Errno;
+
+/// Makes a memory file of `length` bytes, sealed so that nobody can shrink it: a truncated mapping is a SIGBUS.
+///
+/// # Errors
+/// The errno of the call that failed.
+pub fn create(name: &str, length: u64) -> Result<OwnedFd, Errno> {
+    let file = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+    rustix::fs::ftruncate(&file, length)?;
+    rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::SEAL)?;
+    Ok(file)
+}
+
+/// Why a descriptor cannot be mapped without fear of its sender.
+#[derive(Debug, thiserror::Error)]
+pub enum NotSealed {
+    /// Not a kind of file that has seals.
+    #[error("it is no memory file (memfd_create(2)): {0}")]
+    NotMemory(Errno),
+    /// It has seals, but too few.
+    #[error("it can still be shrunk: add F_SEAL_SHRINK and F_SEAL_SEAL before sending it")]
+    Missing,
+    /// It is too short.
+    #[error("it has {length} bytes and the regions need {needed}")]
+    Short {
+        /// Its length.
+        length: u64,
+        /// What was needed.
+        needed: u64,
+    },
+}
+
+/// Checks that a foreign memory file can be mapped for `needed` bytes and will stay so.
+///
+/// # Errors
+/// [`NotSealed`].
+pub fn check_sealed(file: BorrowedFd<'_>, needed: u64) -> Result<(), NotSealed> {
+    let seals = rustix::fs::fcntl_get_seals(file).map_err(NotSealed::NotMemory)?;
+    if !seals.contains(SealFlags::SHRINK | SealFlags::SEAL) {
+        return Err(NotSealed::Missing);
+    }
+    let length = rustix::fs::fstat(file).map_err(NotSealed::NotMemory)?.st_size as u64;
+    if length < needed {
+        return Err(NotSealed::Short { length, needed });
+    }
+    Ok(())
+}
