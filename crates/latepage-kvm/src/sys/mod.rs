@@ -1,0 +1,7 @@
+//! The crate's only unsafe code: what KVM needs and `latepage::sys` does not have.
+#![allow(unsafe_code)]
+
+pub(crate) mod discard;
+pub(crate) mod guest_code;
+pub(crate) mod kick;
+pub(crate) mod slots;
