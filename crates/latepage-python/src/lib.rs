@@ -1,0 +1,45 @@
+//! The native module `latepage._core`: conversions and errors only.
+//!
+//! Engine threads never call Python, and every call from Python that may wait lets go of the GIL first. The types that users
+//! see are Python's (`latepage.pager`, `.session`, `.events`); what is handed out here is plain.
+
+mod errors;
+mod events;
+mod pager;
+mod policy;
+mod session;
+mod source;
+mod sys;
+mod vm;
+
+use latepage::sys::uffd::Userfaultfd;
+use pyo3::prelude::*;
+
+/// The names of the userfaultfd features that this kernel offers; none where no userfaultfd may be made.
+#[pyfunction]
+fn userfaultfd_features() -> Option<Vec<String>> {
+    let offered = Userfaultfd::offered().ok()?;
+    Some(offered.iter_names().map(|(name, _)| name.to_ascii_lowercase()).collect())
+}
+
+#[pymodule]
+mod _core {
+    #[pymodule_export]
+    use super::pager::Pager;
+    #[pymodule_export]
+    use super::session::Session;
+    #[pymodule_export]
+    use super::source::{FileSource, open_file};
+    #[pymodule_export]
+    use super::userfaultfd_features;
+
+    use super::session::PAGE_STATES;
+    use pyo3::prelude::*;
+
+    #[pymodule_init]
+    fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        super::vm::register(module)?;
+        module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+        module.add("PAGE_STATES", PAGE_STATES.to_vec())
+    }
+}

@@ -1,0 +1,78 @@
+//! The pager, as Python holds it.
+
+use std::os::fd::{AsRawFd, RawFd};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use latepage::pager::{Config, Pager as Engine};
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+
+use crate::errors::{Place, listen_error, raise};
+use crate::session::Session;
+use crate::source::FileSource;
+use crate::{events, policy, sys};
+
+/// A pager and its threads, none of which ever calls Python.
+#[pyclass(frozen, module = "latepage._core")]
+pub(crate) struct Pager {
+    engine: Arc<Engine>,
+}
+
+#[pymethods]
+impl Pager {
+    #[new]
+    #[pyo3(signature = (*, workers=None, io_threads=None, populators=None, log=None))]
+    fn new(
+        py: Python<'_>,
+        workers: Option<usize>,
+        io_threads: Option<usize>,
+        populators: Option<usize>,
+        log: Option<RawFd>,
+    ) -> PyResult<Self> {
+        let failed = |what: &str, call: &str, errno: Option<i32>| {
+            raise(py, "PagerError", what, &Place { call: Some(call), errno, ..Place::default() })
+        };
+        let log = log.map(sys::duplicate).transpose().map_err(|errno| {
+            failed(&format!("log: no such descriptor: {errno}"), "fcntl", Some(errno.raw_os_error()))
+        })?;
+        let config = Config { workers, readers: io_threads, populators, log };
+        let engine = py.detach(|| Engine::start(config)).map_err(|error| {
+            failed(&format!("the pager's threads cannot start: {error}"), "clone", error.raw_os_error())
+        })?;
+        Ok(Self { engine: Arc::new(engine) })
+    }
+
+    fn listen(
+        &self,
+        py: Python<'_>,
+        path: PathBuf,
+        source: &FileSource,
+        policy: &Bound<'_, PyDict>,
+    ) -> PyResult<()> {
+        let policy = policy::from_python(policy)?;
+        let source = Arc::clone(&source.source);
+        py.detach(|| self.engine.listen(&path, source, policy)).map_err(|error| listen_error(py, &error))
+    }
+
+    fn sessions(&self) -> Vec<Session> {
+        let all = self.engine.sessions().into_iter();
+        all.map(|session| Session::new(session, Arc::clone(&self.engine))).collect()
+    }
+
+    fn take_events<'py>(&self, py: Python<'py>, limit: usize) -> PyResult<Vec<Bound<'py, PyAny>>> {
+        self.engine.events().take(limit).iter().map(|event| events::to_python(py, event)).collect()
+    }
+
+    fn event_descriptor(&self) -> RawFd {
+        self.engine.descriptor().as_raw_fd()
+    }
+
+    fn drain(&self, py: Python<'_>) {
+        py.detach(|| self.engine.drain());
+    }
+
+    fn close(&self, py: Python<'_>) -> Vec<String> {
+        py.detach(|| self.engine.close())
+    }
+}

@@ -1,0 +1,178 @@
+//! Sessions, as Python holds them.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use latepage::pager::Pager as Engine;
+use latepage::session::Session as Served;
+use pyo3::prelude::*;
+use pyo3::types::{PyBytes, PyDict};
+
+use crate::errors::{Place, raise};
+
+/// How long a wait goes on without a look at whether Ctrl-C was pressed.
+const SLICE: Duration = Duration::from_millis(200);
+
+type RegionFields = (Option<u64>, u64, u64, u64, u64);
+
+/// One VM that is served, or was.
+#[pyclass(frozen, module = "latepage._core")]
+pub(crate) struct Session {
+    served: Arc<Served>,
+    engine: Arc<Engine>,
+}
+
+impl Session {
+    pub(crate) fn new(served: Arc<Served>, engine: Arc<Engine>) -> Self {
+        Self { served, engine }
+    }
+
+    fn error(&self, py: Python<'_>, message: &str, address: Option<u64>) -> PyErr {
+        raise(
+            py,
+            "SessionError",
+            message,
+            &Place { vm: Some(self.served.name()), address, ..Place::default() },
+        )
+    }
+
+    /// The pages that a range of the snapshot covers; it may go over several regions.
+    fn pages_of(&self, py: Python<'_>, offset: u64, size: u64) -> PyResult<Vec<Range<u32>>> {
+        let layout = self.served.layout();
+        let missing = |at| {
+            self.error(py, &format!("{}: its memory has no offset {at:#x}", self.served.name()), Some(at))
+        };
+        let end = offset.checked_add(size).ok_or_else(|| missing(u64::MAX))?;
+        let mut found = Vec::new();
+        let mut at = offset;
+        while at < end {
+            let first = layout.find_offset(at).ok_or_else(|| missing(at))?;
+            let region = &layout.regions()[layout.place(first).region];
+            let until = end.min(region.offset + region.size);
+            let last = layout.find_offset(until - 1).ok_or_else(|| missing(until - 1))?;
+            found.push(first..last + 1);
+            at = until;
+        }
+        Ok(found)
+    }
+}
+
+#[pymethods]
+impl Session {
+    #[getter]
+    fn id(&self) -> u64 {
+        self.served.id()
+    }
+
+    #[getter]
+    fn name(&self) -> &str {
+        self.served.name()
+    }
+
+    #[getter]
+    fn pid(&self) -> u32 {
+        self.served.pid().unwrap_or(0)
+    }
+
+    #[getter]
+    fn form(&self) -> &'static str {
+        self.served.form().name()
+    }
+
+    #[getter]
+    fn backing(&self) -> &'static str {
+        self.served.backing().name()
+    }
+
+    #[getter]
+    fn vcpus(&self) -> u32 {
+        self.served.vcpus()
+    }
+
+    #[getter]
+    fn closed(&self) -> bool {
+        self.served.end().is_some()
+    }
+
+    fn regions(&self) -> Vec<RegionFields> {
+        let regions = self.served.layout().regions().iter();
+        regions.map(|r| (r.gpa, r.hva, r.size, r.offset, r.page_size.bytes())).collect()
+    }
+
+    /// How many pages are in each state, in the order of `PAGE_STATES`.
+    fn progress(&self, py: Python<'_>) -> Vec<u64> {
+        py.detach(|| self.served.pages().count().to_vec())
+    }
+
+    fn pages<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        let count = self.served.layout().pages();
+        let states: Vec<u8> =
+            py.detach(|| (0..count).map(|page| self.served.pages().state(page) as u8).collect());
+        PyBytes::new(py, &states)
+    }
+
+    fn counters<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let dict = PyDict::new(py);
+        for (name, count) in self.served.stats().counters.snapshot().iter() {
+            dict.set_item(name, count)?;
+        }
+        Ok(dict)
+    }
+
+    /// How many faults, and in ns: their mean, median, 99th percentile and maximum.
+    fn latency(&self) -> (u64, f64, u64, u64, u64) {
+        let latency = self.served.stats().latency.snapshot();
+        (latency.count, latency.mean(), latency.quantile(0.5), latency.quantile(0.99), latency.max)
+    }
+
+    fn trace(&self, py: Python<'_>, cursor: u64) -> (Vec<(u32, &'static str, u64)>, u64, u64) {
+        let read = py.detach(|| self.served.stats().trace.read_from(cursor));
+        let entries = read.entries.iter().map(|entry| (entry.page, entry.reason.name(), entry.ns)).collect();
+        (entries, read.cursor, read.lost)
+    }
+
+    fn populate(&self, py: Python<'_>, ranges: Option<Vec<(u64, u64)>>) -> PyResult<()> {
+        if self.served.end().is_some() {
+            return Err(self.error(py, &format!("{}: its session is over", self.served.name()), None));
+        }
+        let mut pages = Vec::new();
+        match ranges {
+            None => pages.push(0..self.served.layout().pages()),
+            Some(ranges) => {
+                for (offset, size) in ranges {
+                    pages.extend(self.pages_of(py, offset, size)?);
+                }
+            }
+        }
+        py.detach(|| self.engine.populate(&self.served, pages));
+        Ok(())
+    }
+
+    fn wait_populated(&self, py: Python<'_>, timeout: Option<f64>) -> PyResult<bool> {
+        // A timeout too far away to be a moment is none.
+        let deadline = timeout
+            .and_then(|seconds| Duration::try_from_secs_f64(seconds.max(0.0)).ok())
+            .and_then(|timeout| Instant::now().checked_add(timeout));
+        loop {
+            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            let slice = left.map_or(SLICE, |left| left.min(SLICE));
+            if py.detach(|| self.engine.wait_populated(&self.served, Some(slice))) {
+                return Ok(true);
+            }
+            if self.served.end().is_some() {
+                let message =
+                    format!("{}: its session ended before it had all of its memory", self.served.name());
+                return Err(self.error(py, &message, None));
+            }
+            if left.is_some_and(|left| left <= slice) {
+                return Ok(false);
+            }
+            py.check_signals()?;
+        }
+    }
+}
+
+/// The names of the page states, in the order of their numbers (`latepage::memory::PageState`).
+pub(crate) const PAGE_STATES: [&str; 7] =
+    ["absent", "in flight", "filled", "present", "removed", "clearing", "failed"];

@@ -1,0 +1,47 @@
+"""latepage supplies a virtual machine's memory late: page by page, at the moment the guest touches it.
+
+>>> import latepage
+>>> sorted(name for name in latepage.__all__ if name[0].islower())
+['open_source']
+"""
+
+from latepage._core import __version__
+from latepage.errors import (
+    GuestError,
+    LatepageError,
+    ListenError,
+    PagerError,
+    PolicyError,
+    SessionError,
+    SourceError,
+)
+from latepage.events import Event
+from latepage.memory import PageState, Region
+from latepage.pager import Pager
+from latepage.policy import Policy
+from latepage.session import Progress, Session
+from latepage.source import Source, open_source
+from latepage.stats import Latency, Stats, TraceEntry
+
+__all__ = [
+    "Event",
+    "GuestError",
+    "Latency",
+    "LatepageError",
+    "ListenError",
+    "PageState",
+    "Pager",
+    "PagerError",
+    "Policy",
+    "PolicyError",
+    "Progress",
+    "Region",
+    "Session",
+    "SessionError",
+    "Source",
+    "SourceError",
+    "Stats",
+    "TraceEntry",
+    "__version__",
+    "open_source",
+]

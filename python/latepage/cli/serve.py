@@ -1,0 +1,133 @@
+"""`latepage serve`: a pager process that supplies the memory of the VMs that connect to a socket."""
+
+import select
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from latepage.cli.rights import lacking
+from latepage.cli.signals import Signals
+from latepage.cli.sizes import Mode, Size
+from latepage.events import Drained, Event
+from latepage.memory import PAGE
+from latepage.pager import Pager
+from latepage.policy import OnMissing, Policy, Populate
+from latepage.source import open_source
+
+__all__ = ["serve"]
+
+Flag = Annotated[bool, Parameter(negative=())]
+
+
+def serve(
+    socket: Path,
+    source: str,
+    /,
+    *,
+    populate: Populate = "none",
+    on_missing: OnMissing = "kill",
+    fault_around: Size = 64 << 10,
+    mode: Mode = 0o660,
+    allow_uid: Annotated[tuple[int, ...], Parameter(negative=())] = (),
+    stall_warning: float = 5.0,
+    handshake_timeout: float = 5.0,
+    detach_when_full: Flag = False,
+    trace: Path | None = None,
+    json: Flag = False,
+) -> int:
+    """Supply the memory of the VMs that connect to SOCKET, from the memory file SOURCE.
+
+    Any number of VMs may connect, by Firecracker's page-fault handshake or by latepage's own. SIGTERM (or Ctrl-C)
+    drains: no new VM is taken, those that live get all that they lack, and the command ends with 0 when none needs it
+    any more. A second one treats the VMs that still lack memory as --on-missing says, names them, and ends with 1.
+
+    Args:
+        socket: where VMs connect; made anew, and removed at the end.
+        source: the memory file of the snapshot.
+        populate: bring what is touched only (none), or all the rest as well while no fault waits (background).
+        on_missing: what happens to a VM whose page cannot be had: kill it, or poison the page. Poison is safe only for
+            VMMs that are known to turn it into a machine check or their own death.
+        fault_around: how much to bring in one go where a page is touched; 4KiB brings that page only.
+        mode: permissions of the socket.
+        allow_uid: serve this user's VMs only; may be given several times.
+        stall_warning: report a fault that has waited for so many seconds.
+        handshake_timeout: refuse a peer that has not said who it is within so many seconds.
+        detach_when_full: let go of each VM as soon as it has all of its memory.
+        trace: a folder; for each VM, VM.trace there says which pages came in, when and why.
+        json: write events to standard output as lines of JSON, on a terminal too.
+    """
+    memory = open_source(source)
+    policy = Policy(
+        populate=populate,
+        on_missing=on_missing,
+        fault_around=fault_around,
+        mode=mode,
+        allow_uids=allow_uid,
+        stall_warning=stall_warning,
+        handshake_timeout=handshake_timeout,
+        detach_when_full=detach_when_full,
+        trace=2 * memory.size // PAGE if trace else 0,
+    )
+    for line in lacking(policy):
+        print(f"latepage serve: {line}", file=sys.stderr, flush=True)
+    terminal = sys.stderr.isatty() and not json
+    # The engine writes the log itself: it goes on while Python does not run.
+    log = None if terminal else (sys.stdout if json else sys.stderr).fileno()
+    with (
+        Signals() as signals,
+        Pager(log=log) as pager,
+    ):
+        pager.listen(socket, memory, policy)
+        watchers: list[Callable[[Event], None]] = []
+        if trace:
+            from latepage.observe.trace_file import TraceFiles
+
+            watchers.append(TraceFiles(pager, trace).watch)
+        if terminal:
+            from latepage.cli.progress import ProgressView
+
+            view: ProgressView | nullcontext[None] = ProgressView(pager, socket, memory)
+        else:
+            view = nullcontext()
+        with view as shown:
+            if shown is not None:
+                watchers.append(shown.watch)
+            left = run(pager, signals, watchers, None if shown is None else shown.refresh)
+    for name in left or ():
+        print(f"latepage serve: {name} still lacked memory ({on_missing})", file=sys.stderr)
+    return 0 if left is None else 1
+
+
+def run(
+    pager: Pager,
+    signals: Signals,
+    watchers: list[Callable[[Event], None]],
+    refresh: Callable[[], None] | None,
+) -> list[str] | None:
+    """Serves until the pager is drained or a second signal arrives.
+
+    Returns:
+        None when drained; else the VMs that still lacked memory.
+    """
+    poll = select.poll()
+    poll.register(pager, select.POLLIN)
+    poll.register(signals, select.POLLIN)
+    draining = False
+    while True:
+        poll.poll(None if refresh is None else 250)
+        for event in pager.events(timeout=0):
+            for watch in watchers:
+                watch(event)
+            if isinstance(event, Drained):
+                return None
+        for _ in signals.take():
+            if draining:
+                return pager.close()
+            draining = True
+            pager.drain()
+        if refresh is not None:
+            refresh()

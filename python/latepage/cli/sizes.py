@@ -1,0 +1,28 @@
+"""Sizes, permissions and the like, as a command line takes them."""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+from cyclopts import Parameter, Token
+
+from latepage.memory import parse_size
+
+__all__ = ["Mode", "Size"]
+
+
+def _size(_type: object, tokens: Sequence[Token]) -> int:
+    return parse_size(tokens[0].value)
+
+
+def _mode(_type: object, tokens: Sequence[Token]) -> int:
+    try:
+        return int(tokens[0].value, 8)
+    except ValueError:
+        raise ValueError(f"{tokens[0].value!r} is no file mode: write it in octal, as in 0660") from None
+
+
+Size = Annotated[int, Parameter(converter=_size)]
+"""Bytes, written like 64KiB."""
+
+Mode = Annotated[int, Parameter(converter=_mode)]
+"""Permissions of a file, in octal."""

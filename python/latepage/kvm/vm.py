@@ -1,0 +1,175 @@
+"""A VM in this process."""
+
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from latepage import _core
+from latepage.errors import GuestError
+from latepage.kvm.requests import Requests, result_of
+
+__all__ = ["Backing", "ConfigError", "Guest", "Handshake", "Vm"]
+
+Backing = Literal["shared", "private", "anonymous", "hugetlb"]
+Guest = Literal["auto", "kvm", "threads"]
+Handshake = Literal["firecracker", "latepage"]
+
+
+class ConfigError(GuestError, ValueError):
+    """No VM can be as it was asked for."""
+
+
+class Vm(Requests):
+    """A VM, its vCPUs threads of this process. Closing it ends it.
+
+    No vCPU's thread ever runs Python. Where a pager brings the memory, a request that touches it may wait for the pager.
+    """
+
+    def __init__(self, core: _core.Vm, name: str | None) -> None:
+        self._core = core
+        self._name = name
+
+    @classmethod
+    def create(
+        cls,
+        name: str | None = None,
+        *,
+        memory: int,
+        backing: Backing = "anonymous",
+        vcpus: int = 1,
+        split: bool = False,
+        guest: Guest = "auto",
+    ) -> Self:
+        """A VM with zeroed memory, which runs and waits for jobs.
+
+        Args:
+            name: 1 to 64 of `A-Z a-z 0-9 . _ -`; by default `vm-PID`.
+            memory: bytes, a multiple of 2 MiB.
+            backing: what the memory is made of.
+            vcpus: 1 to 64.
+            split: put the upper half at 4 GiB, however small the memory is.
+            guest: `kvm`, `threads`, or whichever there is.
+
+        Raises:
+            ConfigError: if there can be no such VM.
+            GuestError: if the machine lacks something, or a call fails.
+        """
+        config = {
+            "name": default_name() if name is None else name,
+            "memory": memory,
+            "backing": backing,
+            "vcpus": vcpus,
+            "split": split,
+            "guest": guest,
+        }
+        return cls.from_config(config)
+
+    @classmethod
+    def restore(
+        cls,
+        state_file: str | Path,
+        *,
+        memory_file: str | Path | None = None,
+        map_memory: bool = False,
+        pager: str | Path | None = None,
+        handshake: Handshake = "latepage",
+        send_memory: bool | None = None,
+        name: str | None = None,
+        backing: Backing | None = None,
+        guest: Guest = "auto",
+        paused: bool = False,
+    ) -> Self:
+        """A VM that was saved. Unless it shall stay paused, it goes on with the job in whose middle it was.
+
+        Args:
+            state_file: the state file.
+            memory_file: the memory file, if it is the VMM that brings the memory.
+            map_memory: map the memory file and let the kernel bring pages when they are touched, instead of reading it in.
+            pager: a pager's socket, if it is a pager that brings the memory.
+            handshake: the form in which the VM introduces itself.
+            send_memory: whether the memfd of shared or private memory goes with latepage's handshake, so that the pager fills it
+                through its own view; None means for shared memory.
+            name: by default `vm-PID`.
+            backing: what the memory is made of; by default what it was.
+            guest: `kvm`, `threads`, or whichever there is.
+            paused: wait for `resume` before the first instruction.
+
+        Raises:
+            ConfigError: if the arguments contradict each other.
+            GuestError: if a file is missing or not what it should be, or no pager is there.
+        """
+        memory: dict[str, Any]
+        if (memory_file is None) == (pager is None):
+            raise ConfigError("memory comes either from a memory file or from a pager: name one of the two")
+        if memory_file is not None:
+            memory = {"from": "map" if map_memory else "read", "memory_file": os.fspath(memory_file)}
+        else:
+            if map_memory:
+                raise ConfigError("only a memory file can be mapped")
+            memory = {
+                "from": "pager",
+                "socket": os.fspath(pager or ""),
+                "handshake": handshake,
+                "send_memory": send_memory,
+            }
+        config = {
+            "name": default_name() if name is None else name,
+            "state_file": os.fspath(state_file),
+            "memory": memory,
+            "backing": backing,
+            "guest": guest,
+            "paused": paused,
+        }
+        return cls.from_config(config)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        """A VM by its configuration as JSON: restored if it names a state file, else created."""
+        make = _core.Vm.restore if "state_file" in config else _core.Vm.create
+        try:
+            return cls(make(json.dumps(config)), config.get("name"))
+        except ValueError as error:
+            raise ConfigError(str(error), vm=config.get("name")) from None
+
+    def request(self, what: str, **fields: Any) -> Any:
+        """Asks for `what` and returns the result as plain JSON."""
+        return result_of(self._core.request(json.dumps({"do": what, **fields})), self._name)
+
+    def next_event(self, timeout: float | None = None) -> dict[str, Any] | None:
+        """The next event (docs/vm.md lists them), if one is there or comes within `timeout` seconds; None means for ever."""
+        event = self._core.next_event(timeout)
+        return None if event is None else json.loads(event)
+
+    def fileno(self) -> int:
+        """Readable while events wait."""
+        return self._core.event_descriptor()
+
+    def listen(self, path: str | Path) -> None:
+        """Answers requests at an API socket until the VM is closed. A socket that nobody listens on any more is replaced.
+
+        Raises:
+            GuestError: if the path is too long, or a live socket, or a file that is no socket.
+        """
+        self._core.listen(os.fspath(path))
+
+    def close(self) -> None:
+        """Ends the VM. Whoever waits for it is told so."""
+        self._core.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def default_name() -> str:
+    """What a VM is called that was given no name."""
+    return f"vm-{os.getpid()}"

@@ -1,0 +1,1 @@
+"""What was measured, as files and pictures: traces of which page came in when and why, and their plots."""

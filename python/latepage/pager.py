@@ -1,0 +1,120 @@
+"""The pager: listens for VMs, and serves them."""
+
+import os
+import select
+import time
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Self
+
+from latepage import _core
+from latepage.events import Event, from_engine
+from latepage.policy import Policy
+from latepage.session import Session
+from latepage.source import Source
+
+__all__ = ["Pager"]
+
+
+class Pager:
+    """Serves the page faults of any number of VMs, on threads of its own in which no Python runs.
+
+    >>> import pathlib, tempfile
+    >>> from latepage import open_source
+    >>> folder = pathlib.Path(tempfile.mkdtemp())
+    >>> _ = (folder / "guest.mem").write_bytes(bytes(1 << 20))
+    >>> with Pager() as pager:
+    ...     pager.listen(folder / "pager.sock", open_source(folder / "guest.mem"))
+    ...     next(pager.events(timeout=5)).event
+    'listening'
+
+    Args:
+        workers: threads that serve faults; by default one for each CPU, at most eight.
+        io_threads: threads that read what is not in memory yet.
+        log: a file descriptor, which is duplicated: the engine itself writes each event there as a line of JSON.
+    """
+
+    def __init__(
+        self,
+        *,
+        workers: int | None = None,
+        io_threads: int | None = None,
+        log: int | None = None,
+    ) -> None:
+        self._native = _core.Pager(workers=workers, io_threads=io_threads, log=log)
+
+    def listen(self, path: str | os.PathLike[str], source: Source, policy: Policy | None = None) -> None:
+        """Takes VMs at a Unix socket: any number of them, each with its memory from `source`.
+
+        A stale socket at that path is replaced. VMs are taken from when this returns.
+
+        Args:
+            path: where the socket is made.
+            source: what the VMs' memory comes from.
+            policy: how they are treated; the default `Policy()` where there is none.
+
+        Raises:
+            ListenError: someone listens there, a file is there, the path is too long, its folder is missing.
+        """
+        self._native.listen(os.fspath(path), source._native, (policy or Policy()).as_dict())
+
+    def sessions(self) -> list[Session]:
+        """The VMs that are being served now."""
+        return [Session(native) for native in self._native.sessions()]
+
+    def session(self, name: str) -> Session:
+        """The VM of that name.
+
+        Raises:
+            KeyError: none of that name is served now.
+        """
+        for session in self.sessions():
+            if session.name == name:
+                return session
+        raise KeyError(name)
+
+    def events(self, timeout: float | None = None) -> Iterator[Event]:
+        """What happens, in order, each event once.
+
+        Args:
+            timeout: seconds after which the iterator ends; 0 takes what is there, None waits for ever.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        poll = select.poll()
+        poll.register(self.fileno(), select.POLLIN)
+        while True:
+            for raw in self._native.take_events(256):
+                yield from_engine(raw)
+            remaining = None if deadline is None else deadline - time.monotonic()
+            if not poll.poll(None if remaining is None else max(0, remaining) * 1000) and remaining is not None:
+                return
+
+    def fileno(self) -> int:
+        """A descriptor that is readable while events wait, for select, poll or an event loop."""
+        return self._native.event_descriptor()
+
+    def drain(self) -> None:
+        """Begins to finish: no new VM is taken, those that live get all that they lack and are then let go.
+
+        Returns at once. The event `Drained` tells when every VM has ended or needs no pager any more.
+        """
+        self._native.drain()
+
+    def close(self) -> list[str]:
+        """Ends all sessions. VMs that still lack memory are treated as their policy's `on_missing` says.
+
+        Returns:
+            The names of those VMs.
+        """
+        return self._native.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()

@@ -1,0 +1,77 @@
+"""What a user may choose for the VMs of one socket: one frozen value."""
+
+from collections.abc import Collection
+from dataclasses import dataclass, fields
+from typing import Literal, get_args
+
+from latepage.errors import PolicyError
+from latepage.memory import PAGE, format_size
+
+__all__ = ["OnMissing", "Policy", "Populate"]
+
+Populate = Literal["none", "background"]
+"""`none` supplies what is touched; `background` all the rest as well, while no fault waits."""
+
+OnMissing = Literal["kill", "poison"]
+"""What happens to a VM whose page cannot be had: it is killed, or that page is poisoned."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Policy:
+    """One field per flag of `latepage serve`.
+
+    >>> policy = Policy(populate="background", allow_uids={1000})
+    >>> policy.on_missing, policy.fault_around, sorted(policy.allow_uids)
+    ('kill', 65536, [1000])
+    >>> Policy(stall_warning=0)
+    Traceback (most recent call last):
+    ...
+    latepage.errors.PolicyError: stall_warning is 0: give seconds above zero
+
+    Attributes:
+        populate: whether memory is supplied ahead of its faults.
+        on_missing: what happens when a page cannot be had.
+        fault_around: bytes that are supplied around a touched page, where they lie together in the source; one page's
+            size or less supplies that page only.
+        mode: permissions of the socket's file.
+        allow_uids: users whose VMs are served; empty for everyone whom `mode` lets in.
+        stall_warning: seconds after which a fault that still waits is reported.
+        handshake_timeout: seconds that a peer has to say who it is.
+        detach_when_full: unregister a VM's memory as soon as it has all of it, and let go of the VM.
+        trace: how many entries each VM's trace keeps, 16 bytes each; 0 for no trace.
+    """
+
+    populate: Populate = "none"
+    on_missing: OnMissing = "kill"
+    fault_around: int = 64 << 10
+    mode: int = 0o660
+    allow_uids: Collection[int] = frozenset()
+    stall_warning: float = 5.0
+    handshake_timeout: float = 5.0
+    detach_when_full: bool = False
+    trace: int = 0
+
+    def __post_init__(self) -> None:
+        # Any iterable of ids is welcome; what is kept must be hashable, as the policy is.
+        object.__setattr__(self, "allow_uids", frozenset(self.allow_uids))
+        for name, choices in (("populate", Populate), ("on_missing", OnMissing)):
+            if getattr(self, name) not in get_args(choices):
+                raise PolicyError(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(get_args(choices))}")
+        for name in ("stall_warning", "handshake_timeout"):
+            if not 0 < getattr(self, name) <= 86_400:
+                raise PolicyError(f"{name} is {getattr(self, name)}: give seconds above zero")
+        if not 0 <= self.fault_around <= 1 << 30:
+            raise PolicyError(
+                f"fault_around is {self.fault_around}: give bytes, from {format_size(PAGE)} (only the page) to 1 GiB"
+            )
+        if not 0 <= self.trace <= 1 << 30:
+            raise PolicyError(f"trace is {self.trace}: give a number of entries, from 0 (none) to 2^30")
+        if not 0 <= self.mode <= 0o777:
+            raise PolicyError(f"mode is {self.mode:#o}: give the permissions of a file, as in 0o660")
+        if any(uid < 0 or uid >= 1 << 32 for uid in self.allow_uids):
+            raise PolicyError("allow_uids has a number that is no user's id")
+
+    def as_dict(self) -> dict[str, object]:
+        """The fields by name, as the engine takes them."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return values | {"allow_uids": sorted(self.allow_uids)}
