@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# Says in one line what this machine lacks, and how to get it.
+#
+#   machine.sh build    what building takes: cargo, a C linker, Python 3.11 with venv; installs the last two where it may
+#   machine.sh demo     what the demo would rather have: it runs without, and says so
+#   machine.sh python   prints the Python to make .venv with
+set -euo pipefail
+
+lacks() {
+    echo "latepage: $1" >&2
+    exit 1
+}
+
+find_python() {
+    local candidate
+    for candidate in "${PYTHON:-python3}" python3.14 python3.13 python3.12 python3.11; do
+        # Debian's python3 has venv without ensurepip until python3-venv is there.
+        if "$candidate" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then
+            echo "$candidate"
+            return 0
+        fi
+    done
+    return 1
+}
+
+# install NAME...: by apt, as root only; nothing is taken from anywhere else.
+install() {
+    [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || return 1
+    echo "latepage: installing $*" >&2
+    { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends "$@"; } >/dev/null
+}
+
+build() {
+    local advice
+    command -v cc >/dev/null || install gcc libc6-dev || lacks "no C linker (cc): install gcc and the C library's headers"
+    find_python >/dev/null || install python3 python3-venv || true
+    find_python >/dev/null || lacks "no Python 3.11 or later with venv: install python3 and python3-venv, or set PYTHON"
+    advice="install Rust 1.88 or later with rustup, and put ~/.cargo/bin on PATH"
+    command -v cargo >/dev/null || lacks "no cargo: $advice"
+    local minor
+    minor=$(cargo --version | sed -n 's/^cargo 1\.\([0-9]*\).*/\1/p')
+    [ "${minor:-0}" -ge 88 ] || lacks "$(cargo --version) is too old: $advice"
+}
+
+demo() {
+    [ -r /dev/kvm ] && [ -w /dev/kvm ] || echo "latepage: no access to /dev/kvm: ordinary threads stand in for the guest" >&2
+    [ -w /dev/userfaultfd ] || [ "$(id -u)" = 0 ] \
+        || [ "$(cat /proc/sys/vm/unprivileged_userfaultfd 2>/dev/null)" = 1 ] \
+        || lacks "no access to /dev/userfaultfd: grant it with an ACL (setfacl -m u:$USER:rw /dev/userfaultfd), or run as root"
+}
+
+case "${1:-}" in
+    build) build ;;
+    demo) demo ;;
+    python) find_python ;;
+    *) lacks "machine.sh takes build, demo or python" ;;
+esac
