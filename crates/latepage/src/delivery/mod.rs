@@ -1,5 +1,7 @@
 //! Delivery: how faults reach whoever resolves them, and how those who wait are released.
 
+#[cfg(test)]
+mod tests;
 mod uffd;
 
 use std::ops::Range;

@@ -5,11 +5,12 @@ use std::sync::Arc;
 
 use rustix::io::Errno;
 
-use super::{Install, Outcome};
+use super::{Install, Outcome, Stop};
 use crate::memory::{Layout, PageSize};
-use crate::sys::uffd::{InstallMode, Userfaultfd};
+use crate::sys::uffd::{InstallMode, OwnersMemory, Userfaultfd};
 
-static ZEROS: [u8; 2 << 20] = [0; 2 << 20];
+/// As long as the longest page.
+pub(crate) static ZEROS: [u8; 2 << 20] = [0; 2 << 20];
 
 /// Installs by UFFDIO_COPY and UFFDIO_ZEROPAGE, which fill and expose in one step.
 pub struct CopyInstall {
@@ -26,7 +27,8 @@ impl CopyInstall {
 impl Install for CopyInstall {
     fn fill(&self, layout: &Layout, first: u32, contents: &[u8]) -> Outcome {
         let place = layout.place(first);
-        Outcome::new(self.uffd.copy(place.hva, contents, InstallMode::empty()), place.page_size.bytes())
+        let copied = Outcome::new(self.uffd.copy(place.hva, contents, InstallMode::empty()), place.page_size.bytes());
+        absent(copied, place.page_size)
     }
 
     fn fill_exposes(&self) -> bool {
@@ -34,23 +36,24 @@ impl Install for CopyInstall {
     }
 
     fn zero(&self, layout: &Layout, pages: Range<u32>) -> Outcome {
-        let place = layout.place(pages.start);
-        let bytes = place.page_size.bytes();
-        let installed = match place.page_size {
-            PageSize::Small => self.uffd.zeropage(
-                place.hva,
-                u64::from(pages.end - pages.start) * bytes,
-                InstallMode::empty(),
-            ),
-            // There is no shared zero page of 2 MiB: one is copied at a time.
-            PageSize::Huge => self.uffd.copy(place.hva, &ZEROS, InstallMode::empty()),
-        };
-        Outcome::new(installed, bytes)
+        let page_size = layout.place(pages.start).page_size;
+        absent(self.zero_where_nothing_is(layout, pages), page_size)
     }
 
     /// A page that is not there though it was installed has been discarded without a word: private memory is zero then.
+    ///
+    /// A VMM may share memory of a file, be told of minor faults, and send us no file: a page that is in the file but not in
+    /// the guest's page table is no zero page then, and only CONTINUE can bring it back.
     fn expose(&self, layout: &Layout, pages: Range<u32>) -> Outcome {
-        self.zero(layout, pages)
+        let zeroed = self.zero_where_nothing_is(layout, pages.clone());
+        if zeroed != (Outcome { pages: 0, stopped: Some(Stop::AlreadyThere) }) {
+            return zeroed;
+        }
+        let place = layout.place(pages.start);
+        match self.uffd.continue_(place.hva, place.page_size.bytes(), InstallMode::empty()).stopped {
+            None => Outcome { pages: 1, stopped: None },
+            Some(_) => zeroed,
+        }
     }
 
     fn unprotect(&self, layout: &Layout, page: u32) -> Outcome {
@@ -67,6 +70,41 @@ impl Install for CopyInstall {
 
     fn has_memory(&self) -> bool {
         self.uffd.has_memory()
+    }
+
+    fn is_changing(&self) -> bool {
+        self.uffd.memory() == OwnersMemory::Changing
+    }
+}
+
+impl CopyInstall {
+    fn zero_where_nothing_is(&self, layout: &Layout, pages: Range<u32>) -> Outcome {
+        let place = layout.place(pages.start);
+        let bytes = place.page_size.bytes();
+        let installed = match place.page_size {
+            PageSize::Small => self.uffd.zeropage(
+                place.hva,
+                u64::from(pages.end - pages.start) * bytes,
+                InstallMode::empty(),
+            ),
+            // There is no shared zero page of 2 MiB: one is copied at a time.
+            PageSize::Huge => self.uffd.copy(place.hva, &ZEROS, InstallMode::empty()),
+        };
+        Outcome::new(installed, bytes)
+    }
+}
+
+/// What an outcome means for pages that are known to be absent.
+///
+/// Where no huge page can be had (an empty pool, a cgroup's limit), the kernel finds the page's empty slot in the page table and
+/// says EEXIST (`hugetlb_mfill_atomic_pte`, seen on 6.18). Believed, it would have the waiter woken for ever, and the page,
+/// taken for one that was there, come as zero when the pool has some again.
+fn absent(outcome: Outcome, page_size: PageSize) -> Outcome {
+    match outcome {
+        Outcome { pages, stopped: Some(Stop::AlreadyThere) } if page_size == PageSize::Huge => {
+            Outcome { pages, stopped: Some(Stop::NoMemory) }
+        }
+        outcome => outcome,
     }
 }
 

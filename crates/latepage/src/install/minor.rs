@@ -6,10 +6,11 @@ use std::sync::Arc;
 
 use rustix::io::Errno;
 
+use super::copy::ZEROS;
 use super::{Install, Outcome, Stop, copy};
-use crate::memory::Layout;
+use crate::memory::{Layout, PageSize};
 use crate::sys::mapping::{MapError, Mapping};
-use crate::sys::uffd::{InstallMode, Userfaultfd};
+use crate::sys::uffd::{InstallMode, OwnersMemory, Userfaultfd};
 
 /// Installs by writing through a second, never faulting view of the guest's memory file, and UFFDIO_CONTINUE.
 pub struct MinorInstall {
@@ -43,10 +44,19 @@ impl Install for MinorInstall {
         false
     }
 
-    /// The kernel adds a zero page to the file and maps it, or says that the file has one already.
+    /// The kernel adds a zero page to the file and maps it, or says that the file has a page already.
     fn zero(&self, layout: &Layout, pages: Range<u32>) -> Outcome {
         let place = layout.place(pages.start);
         let bytes = place.page_size.bytes();
+        if place.page_size == PageSize::Huge {
+            // There is no ZEROPAGE for them: a hole is filled by hand, and what is no hole is what it reads as.
+            let exposed = Outcome::new(self.uffd.continue_(place.hva, bytes, InstallMode::empty()), bytes);
+            if exposed.stopped != Some(Stop::Hole) {
+                return exposed;
+            }
+            self.view.write(place.offset as usize, &ZEROS);
+            return Outcome::new(self.uffd.continue_(place.hva, bytes, InstallMode::empty()), bytes);
+        }
         let length = u64::from(pages.end - pages.start) * bytes;
         Outcome::new(self.uffd.zeropage(place.hva, length, InstallMode::empty()), bytes)
     }
@@ -79,5 +89,9 @@ impl Install for MinorInstall {
 
     fn has_memory(&self) -> bool {
         self.uffd.has_memory()
+    }
+
+    fn is_changing(&self) -> bool {
+        self.uffd.memory() == OwnersMemory::Changing
     }
 }

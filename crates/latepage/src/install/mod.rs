@@ -5,6 +5,8 @@
 
 mod copy;
 mod minor;
+#[cfg(test)]
+mod tests;
 
 use std::ops::Range;
 
@@ -14,6 +16,7 @@ use crate::memory::Layout;
 use crate::sys::uffd::Installed;
 
 pub use copy::CopyInstall;
+pub(crate) use copy::ZEROS;
 pub use minor::MinorInstall;
 
 /// Why an install went no further.
@@ -23,7 +26,7 @@ pub enum Stop {
     AlreadyThere,
     /// EAGAIN: an event (a removal, say) is unread, or its thread has not run since. Take events, then try again.
     Busy,
-    /// ENOMEM: the kernel, or the pool of huge pages, has none left. Try again later.
+    /// ENOMEM, or EEXIST for a huge page that is not there: the kernel, or the pool of huge pages, has none left. Try again later.
     NoMemory,
     /// ENOENT: no such registered range any more: the layout changed under us.
     Unmapped,
@@ -93,4 +96,7 @@ pub trait Install: Send {
 
     /// Whether the guest's memory still exists.
     fn has_memory(&self) -> bool;
+
+    /// Whether a thread of the VMM is in the middle of a discard whose event someone must read.
+    fn is_changing(&self) -> bool;
 }

@@ -26,7 +26,9 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crate::attachment::{Hello, Refusal, RefusalReason};
-use crate::session::{End, Host, OnMissing, Peer as SessionPeer, Policy, Population, Report, Session};
+use crate::session::{
+    Action, End, Host, LetGo, Peer as SessionPeer, Policy, Population, Report, Scratch, Session,
+};
 use crate::source::Source;
 use crate::stats::StatsSnapshot;
 use crate::sys::pidfd::{Peer, PidFd};
@@ -73,7 +75,11 @@ struct Shared {
     populators: Arc<Pool>,
     attendant: Attendant,
     next: AtomicU64,
+    /// Held while a VM is let in, and while the pager becomes one that lets no more in: no VM falls between.
+    door: Mutex<()>,
     draining: AtomicBool,
+    /// What follows [`What::Draining`] has been told, or is not to be.
+    drained: AtomicBool,
 }
 
 struct Sessions {
@@ -107,7 +113,9 @@ impl Pager {
             populators,
             attendant,
             next: AtomicU64::new(1),
+            door: Mutex::new(()),
             draining: AtomicBool::new(false),
+            drained: AtomicBool::new(true),
         });
         let pager = Self { shared: Arc::clone(&shared), threads: Mutex::new(threads) };
         let mut started = Vec::new();
@@ -212,18 +220,33 @@ impl Pager {
 
     /// Ends the pager. VMs that still lack memory are treated as their policy says; their names are returned.
     pub fn close(&self) -> Vec<String> {
-        self.shared.draining.store(true, Ordering::Release);
+        {
+            let _door = self.shared.door();
+            self.shared.draining.store(true, Ordering::Release);
+        }
         self.shared.attendant.stop_listening();
-        let mut lacking = Vec::new();
+        let deadline = Instant::now() + LAST_WAIT;
+        let mut scratch = Scratch::new();
+        let (mut lacking, mut leaving) = (Vec::new(), Vec::new());
         for session in self.shared.all_sessions() {
+            let mut leaves = false;
             if session.owed() > 0 {
                 lacking.push(session.name().to_owned());
-                self.shared.populators.submit(Job::GiveUp(session));
-            } else if session.may_detach() {
-                self.shared.populators.submit(Job::Detach(session));
+                // Here and now: the threads that could do it may be waiting for a source.
+                leaves = session.give_up(&mut scratch) == Action::Killed;
+            }
+            // It is full, or what it lacked is poisoned.
+            if session.owed() == 0 {
+                while session.detach(&mut scratch) == LetGo::NotYet && Instant::now() < deadline {
+                    std::thread::yield_now();
+                }
+                leaves |= session.end().is_some();
+            }
+            if leaves {
+                leaving.push(session.id());
             }
         }
-        self.shared.wait_for_the_dead(&lacking);
+        self.shared.wait_for(&leaving, deadline);
         for session in self.shared.all_sessions() {
             session.finish(End::Closed);
         }
@@ -255,6 +278,10 @@ impl Shared {
         self.sessions().live.values().cloned().collect()
     }
 
+    fn door(&self) -> MutexGuard<'_, ()> {
+        self.door.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn worker(&self, session: u64) -> Option<&Worker> {
         let workers = self.workers.get()?;
         Some(&workers[session as usize % workers.len()])
@@ -270,6 +297,7 @@ impl Shared {
         process: Option<PidFd>,
         listener: &Listener,
     ) -> Option<(Refusal, OwnedFd, Option<PidFd>, Option<String>)> {
+        let _door = self.door();
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let name = self.name(hello.name.take(), peer.pid, id);
         let reason = match self.draining.load(Ordering::Acquire) {
@@ -295,6 +323,8 @@ impl Shared {
                 return Some((refusal, socket, failed.peer.process, failed.name));
             }
         };
+        // Whoever hears of it finds it.
+        self.sessions().live.insert(id, Arc::clone(&session));
         self.events.emit(What::SessionStarted {
             vm: session.name().to_owned(),
             pid: session.pid().unwrap_or(0),
@@ -304,7 +334,6 @@ impl Shared {
             vcpus: session.vcpus(),
             source: listener.source.describe(),
         });
-        self.sessions().live.insert(id, Arc::clone(&session));
         if let Some(worker) = self.worker(id) {
             worker.adopt(Arc::clone(&session));
         }
@@ -337,12 +366,16 @@ impl Shared {
     }
 
     fn drain(&self) {
-        if self.draining.swap(true, Ordering::AcqRel) {
-            return;
-        }
+        let sessions = {
+            let _door = self.door();
+            if self.draining.swap(true, Ordering::AcqRel) {
+                return;
+            }
+            self.all_sessions()
+        };
         self.attendant.stop_listening();
-        let sessions = self.all_sessions();
         self.events.emit(What::Draining { vms: sessions.len() });
+        self.drained.store(false, Ordering::Release);
         for session in sessions {
             if session.owed() == 0 {
                 self.let_go(&session);
@@ -365,7 +398,7 @@ impl Shared {
     }
 
     fn drained(&self) {
-        if self.draining.load(Ordering::Acquire) && self.sessions().live.is_empty() {
+        if self.sessions().live.is_empty() && !self.drained.swap(true, Ordering::AcqRel) {
             self.events.emit(What::Drained);
         }
     }
@@ -398,14 +431,10 @@ impl Shared {
         self.drained();
     }
 
-    /// Waits until those who were given up are gone, as far as they go.
-    fn wait_for_the_dead(&self, names: &[String]) {
-        let deadline = Instant::now() + LAST_WAIT;
+    /// Waits until these sessions are gone, if they go in time.
+    fn wait_for(&self, leaving: &[u64], deadline: Instant) {
         let mut sessions = self.sessions();
-        while sessions.live.values().any(|session| {
-            names.iter().any(|name| name == session.name()) && session.policy().on_missing == OnMissing::Kill
-                || session.owed() == 0 && session.may_detach()
-        }) {
+        while leaving.iter().any(|id| sessions.live.contains_key(id)) {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return;

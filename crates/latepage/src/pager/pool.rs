@@ -6,7 +6,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crate::session::{Scratch, Session, Sliced};
+use crate::session::{LetGo, Scratch, Session, Sliced};
 
 /// How long population waits after the kernel refused an install.
 const REFUSED: Duration = Duration::from_millis(1);
@@ -19,8 +19,6 @@ pub(super) enum Job {
     Populate(Arc<Session>, VecDeque<Range<u32>>),
     /// A full session may go.
     Detach(Arc<Session>),
-    /// No more will come: treat what is missing as the policy says.
-    GiveUp(Arc<Session>),
 }
 
 struct State {
@@ -62,12 +60,31 @@ impl Pool {
     }
 
     pub(super) fn submit(&self, job: Job) {
-        self.state().jobs.push_back(job);
+        let mut state = self.state();
+        if !state.stop {
+            state.jobs.push_back(job);
+        }
+        drop(state);
         self.more.notify_one();
     }
 
+    /// For what the kernel refused just now.
+    fn submit_later(&self, job: Job) {
+        let mut state = self.state();
+        if !state.stop {
+            state.later.push((Instant::now() + REFUSED, job));
+        }
+        drop(state);
+        self.more.notify_one();
+    }
+
+    /// Ends the threads. What was not done is dropped: its sessions hold whoever holds this pool.
     pub(super) fn stop(&self) {
-        self.state().stop = true;
+        let mut state = self.state();
+        state.stop = true;
+        let undone = (std::mem::take(&mut state.jobs), std::mem::take(&mut state.later));
+        drop(state);
+        drop(undone);
         self.more.notify_all();
     }
 
@@ -77,10 +94,9 @@ impl Pool {
             match job {
                 Job::Read(session, page) => session.finish_read(page, &mut scratch),
                 Job::Detach(session) => {
-                    session.detach(&mut scratch);
-                }
-                Job::GiveUp(session) => {
-                    session.give_up(&mut scratch);
+                    if session.detach(&mut scratch) == LetGo::NotYet {
+                        self.submit_later(Job::Detach(session));
+                    }
                 }
                 Job::Populate(session, ranges) => self.populate(session, ranges, &mut scratch),
             }
@@ -98,10 +114,7 @@ impl Pool {
                     self.submit(Job::Populate(session, ranges));
                 }
             }
-            Sliced::Wait => {
-                self.state().later.push((Instant::now() + REFUSED, Job::Populate(session, ranges)));
-                self.more.notify_one();
-            }
+            Sliced::Wait => self.submit_later(Job::Populate(session, ranges)),
             Sliced::Stopped => {}
         }
     }

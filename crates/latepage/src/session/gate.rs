@@ -5,7 +5,7 @@
 //! other, session by session. Whoever may wait (population, an I/O thread) holds the gate for one short slice; a worker that
 //! finds it held leaves a mark, and the holder serves the faults before it goes.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 
 pub(super) struct Gate<T> {
@@ -29,6 +29,8 @@ impl<T> Gate<T> {
             return Some(guard);
         }
         self.wanted.store(true, Ordering::SeqCst);
+        // With the fence in `leave`: of a mark and an unlocking at the same time, one is seen. A mutex alone promises less.
+        fence(Ordering::SeqCst);
         // The holder may have left between the attempt and the mark, having seen none. Then the gate is free now.
         let guard = self.attempt()?;
         self.wanted.store(false, Ordering::SeqCst);
@@ -48,9 +50,17 @@ impl<T> Gate<T> {
         self.wanted.load(Ordering::SeqCst) && self.wanted.swap(false, Ordering::SeqCst)
     }
 
+    /// Leaves, and takes the mark that was left meanwhile, if there is one.
+    pub(super) fn leave_marked(&self, guard: MutexGuard<'_, T>) -> bool {
+        drop(guard);
+        fence(Ordering::SeqCst);
+        self.take_wanted()
+    }
+
     /// Leaves, and comes back with the guard if a mark was left meanwhile that nobody else has taken on.
     pub(super) fn leave<'a>(&'a self, guard: MutexGuard<'a, T>) -> Option<MutexGuard<'a, T>> {
         drop(guard);
+        fence(Ordering::SeqCst);
         if !self.wanted.load(Ordering::SeqCst) {
             return None;
         }

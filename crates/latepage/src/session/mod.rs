@@ -11,6 +11,8 @@ mod report;
 mod resolve;
 mod serve;
 mod steps;
+#[cfg(test)]
+mod tests;
 mod waiting;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -32,7 +34,7 @@ use waiting::WaitingRoom;
 
 pub use policy::{OnMissing, Policy, Population};
 pub use populate::Sliced;
-pub use report::{Action, End, Host, Report};
+pub use report::{Action, End, Host, LetGo, Report};
 pub use serve::Served;
 
 /// What a thread that serves brings along: buffers, allocated once.
@@ -274,8 +276,7 @@ impl Session {
     fn briefly<R>(&self, work: impl FnOnce(&mut Core) -> R) -> Option<R> {
         let mut guard = self.gate.enter();
         let result = guard.as_mut().map(work);
-        drop(guard);
-        if self.gate.take_wanted() {
+        if self.gate.leave_marked(guard) {
             self.host.nudge(self);
         }
         result

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use super::answer::checked;
 use super::report::Report;
 use super::{Core, Scratch, Session};
 use crate::install::Stop;
@@ -53,10 +54,10 @@ impl Session {
 
         let mut bytes = std::mem::take(&mut scratch.reading);
         let asked = pages as usize * unit as usize;
-        let sliced = match self.source.wait(place.offset, asked, unit as usize, &mut bytes) {
+        let answer = self.source.wait(place.offset, asked, unit as usize, &mut bytes);
+        let sliced = match checked(answer, asked, unit as usize, false) {
             Ok(answer) => self.install_slices(absent.start, answer, unit, range, scratch),
-            Err(error) => {
-                let reason = error.to_string();
+            Err(reason) => {
                 self.host.report(self, Report::PopulationStopped { page: absent.start, reason });
                 Sliced::Stopped
             }

@@ -45,6 +45,17 @@ impl std::fmt::Display for Action {
     }
 }
 
+/// What became of letting a VM go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LetGo {
+    /// Its faults are the kernel's own from now on.
+    Done,
+    /// It discards memory just now, and someone must read its event: try again in a moment.
+    NotYet,
+    /// It must be kept: it lacks memory, or waits for a page that failed, or its memory must stay registered.
+    Kept,
+}
+
 /// Why a session is over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {

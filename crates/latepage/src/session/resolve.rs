@@ -10,13 +10,14 @@ use std::time::Instant;
 
 use rustix::io::Errno;
 
+use super::answer::checked;
 use super::policy::OnMissing;
-use super::report::{Action, End, Report};
+use super::report::{Action, End, LetGo, Report};
 use super::steps::Steps;
 use super::{Core, Scratch, Session};
 use crate::delivery::{Fault, FaultFlags};
-use crate::install::{Outcome, Stop};
-use crate::memory::PageState;
+use crate::install::{Outcome, Stop, ZEROS};
+use crate::memory::{PageSize, PageState};
 use crate::source::Answer;
 use crate::stats::Reason;
 use crate::sys::pidfd::PidFd;
@@ -39,7 +40,7 @@ impl Session {
         while at < end {
             let offset = place.offset + u64::from(at - page) * unit as u64;
             let length = ((end - at) as usize * unit).min(bytes.len());
-            match self.source.ask(offset, length, unit, bytes) {
+            match checked(self.source.ask(offset, length, unit, bytes), length, unit, true) {
                 Ok(answer) if answer != Answer::Later => {
                     let run = at..at + answer.pages(unit);
                     at = run.end;
@@ -55,7 +56,7 @@ impl Session {
                 }
                 Err(error) if at == page => {
                     self.abandon(page + 1..end);
-                    return self.fail(core, page, since, &error.to_string());
+                    return self.fail(core, page, since, &error);
                 }
                 // What was only to come beside can be asked for again.
                 Ok(_) | Err(_) => return self.abandon(at..end),
@@ -87,7 +88,8 @@ impl Session {
             (((window - place.offset % window) as usize).min(Scratch::BYTES) / unit).clamp(1, limit as usize);
         // The buffer leaves the scratch for as long as contents lie in it: whoever serves inside needs one too.
         let mut bytes = std::mem::take(&mut scratch.reading);
-        let answer = self.source.wait(place.offset, pages * unit, unit, &mut bytes);
+        let asked = pages * unit;
+        let answer = checked(self.source.wait(place.offset, asked, unit, &mut bytes), asked, unit, false);
         self.inside(scratch, |core, scratch| {
             let Some(waiting) = core.waiting.redeem(page) else { return };
             match (self.pages.state(page), answer) {
@@ -99,7 +101,7 @@ impl Session {
                     }
                     self.put(core, page..end, answer, Some((page, waiting.since)));
                 }
-                (PageState::InFlight, Err(error)) => self.fail(core, page, waiting.since, &error.to_string()),
+                (PageState::InFlight, Err(error)) => self.fail(core, page, waiting.since, &error),
                 // Discarded while it was read, or already there: it is looked at afresh.
                 _ => {
                     let fault = Fault { page, flags: FaultFlags::empty(), thread: 0 };
@@ -164,6 +166,7 @@ impl Session {
             let from = (step.start - run.start) as usize * unit;
             let to = (step.end - run.start) as usize * unit;
             let outcome = core.install.fill(&self.layout, step.start, &contents[from..to]);
+            core.waiting.starved &= outcome.pages == 0;
             self.settle(step.start..step.start + outcome.pages, false, demand);
             let stopped = self.go_on(core, &mut steps, outcome, demand);
             if stopped.is_some() {
@@ -174,10 +177,27 @@ impl Session {
     }
 
     fn put_zero(&self, core: &mut Core, run: Range<u32>, demand: Demand) -> Option<Stop> {
+        let unit = self.unit(run.start);
         let mut steps = Steps::new(run);
         while let Some(step) = steps.next() {
-            let outcome = core.install.zero(&self.layout, step.clone());
+            let by_hand = !core.install.fill_exposes();
+            let outcome = match by_hand && unit > PageSize::Small.bytes() as usize {
+                true => Outcome { pages: 0, stopped: Some(Stop::AlreadyThere) },
+                false => core.install.zero(&self.layout, step.clone()),
+            };
+            core.waiting.starved &= outcome.pages == 0;
             self.settle(step.start..step.start + outcome.pages, true, demand);
+            if by_hand && outcome.stopped == Some(Stop::AlreadyThere) {
+                // The file has a page there that is not ours, or may have: it may hold anything.
+                steps.after(outcome);
+                let page = steps.skip();
+                let stopped = self.put_bytes(core, page..page + 1, &ZEROS[..unit], demand);
+                if stopped.is_some() {
+                    self.abandon(steps.left());
+                    return stopped;
+                }
+                continue;
+            }
             let stopped = self.go_on(core, &mut steps, outcome, demand);
             if stopped.is_some() {
                 return stopped;
@@ -224,10 +244,18 @@ impl Session {
                 }
                 if let Some((page, since)) = demanded {
                     core.waiting.park(page, since);
+                    if core.waiting.is_patient() {
+                        // Should a huge page be there after all, put in place by the VMM itself, this releases who waits.
+                        core.delivery.release(&self.layout, page..page + 1);
+                    }
                 }
             }
-            // The layout changed under us: no thread can wait there any more, and nothing is owed to it.
-            (Stop::Unmapped, _) => self.removed(run.start..run.start + 1, Instant::now()),
+            // The layout changed under us, and nothing is owed there any more. munmap(2) wakes nobody: who waits there
+            // looks again.
+            (Stop::Unmapped, _) => {
+                self.removed(run.start..run.start + 1, Instant::now());
+                core.delivery.release(&self.layout, run.start..run.start + 1);
+            }
             // Unasked: it can be brought another time.
             (Stop::Busy | Stop::Hole | Stop::AlreadyThere | Stop::Failed(_), None) => {}
             (Stop::Hole | Stop::AlreadyThere, Some((page, since))) => core.waiting.park(page, since),
@@ -381,7 +409,11 @@ impl Session {
     fn act_on_failure(&self, core: &mut Core, page: u32, since: Instant, reason: &str) {
         let action = match self.policy.on_missing {
             OnMissing::Kill => self.kill(),
-            OnMissing::Poison => self.poison(core, page..page + 1),
+            OnMissing::Poison => match self.poison(core, page..page + 1) {
+                Some(action) => action,
+                // Tried again, and told, when the kernel lets us.
+                None => return core.waiting.park(page, since),
+            },
         };
         if action.holds() {
             core.waiting.stuck(page, since);
@@ -411,8 +443,8 @@ impl Session {
         }
     }
 
-    /// Poisons pages; where the kernel cannot, the VM is killed.
-    fn poison(&self, core: &Core, run: Range<u32>) -> Action {
+    /// Poisons pages; where the kernel cannot, the VM is killed. `None` where it will not just now.
+    fn poison(&self, core: &Core, run: Range<u32>) -> Option<Action> {
         let mut at = run.start;
         while at < run.end {
             let end = self.layout.region_end(at).min(run.end);
@@ -425,11 +457,12 @@ impl Session {
                     core.delivery.release(&self.layout, at..at + 1);
                     at += 1;
                 }
-                Some(Stop::Gone) => return Action::Killed,
-                Some(_) => return self.kill(),
+                Some(Stop::Gone) => return Some(Action::Killed),
+                Some(Stop::Busy) => return None,
+                Some(_) => return Some(self.kill()),
             }
         }
-        Action::Poisoned
+        Some(Action::Poisoned)
     }
 
     /// Nothing more will be supplied to this VM: what it still lacks is treated as its policy says.
@@ -444,7 +477,8 @@ impl Session {
                             if matches!(self.pages.fail(page), PageState::Absent | PageState::InFlight) {
                                 self.paid(1);
                             }
-                            action = self.poison(core, page..page + 1);
+                            // Nobody tries again after this.
+                            action = self.poison(core, page..page + 1).unwrap_or_else(|| self.kill());
                             if action != Action::Poisoned {
                                 break;
                             }
@@ -456,23 +490,33 @@ impl Session {
         }
     }
 
-    /// Lets go of a VM that has all its memory: its faults are the kernel's own from now on. Returns whether it did.
+    /// Lets go of a VM that has all its memory: its faults are the kernel's own from now on.
     ///
     /// Without this, the VM's next discard would hang for want of a reader of its event.
-    pub fn detach(self: &Arc<Self>, scratch: &mut Scratch) -> bool {
+    pub fn detach(self: &Arc<Self>, scratch: &mut Scratch) -> LetGo {
         if !self.may_detach() || self.owed() > 0 {
-            return false;
+            return LetGo::Kept;
         }
         self.inside(scratch, |core, scratch| {
-            if core.install.detach(&self.layout).is_err() && core.install.has_memory() {
-                return false;
+            // Unregistered, a page that failed would read as zero to the one who waits for it.
+            if core.waiting.has_stuck() {
+                return LetGo::Kept;
             }
-            // A discard that had begun waits for its event to be read.
+            if core.waiting.parked().any(|page| self.pages.state(page) == PageState::Failed) {
+                return LetGo::NotYet;
+            }
+            if core.install.detach(&self.layout).is_err() && core.install.has_memory() {
+                return LetGo::Kept;
+            }
+            // A discard that had begun waits for its event to be read, and may not even have raised it yet.
             while core.delivery.take(&self.layout, &mut scratch.batch).is_ok() && scratch.batch.more {}
+            if core.install.is_changing() {
+                return LetGo::NotYet;
+            }
             self.finish(End::Detached);
-            true
+            LetGo::Done
         })
-        .unwrap_or(false)
+        .unwrap_or(LetGo::Kept)
     }
 
     /// Whether the VM's memory is gone, and with it the session. Asked at every sign of its death.

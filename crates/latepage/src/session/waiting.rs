@@ -24,6 +24,8 @@ pub(super) struct WaitingRoom {
     tickets: Vec<Waiting>,
     /// Failed, and the VM could not be killed: they are reported until someone does something.
     stuck: Vec<Waiting>,
+    /// The parked one that is being tried: should it have to wait again, it has been reported, or not.
+    trying: Option<Waiting>,
     pause: Duration,
     due: Option<Instant>,
     /// Whether the kernel's lack of memory has been reported since it last had some.
@@ -36,14 +38,19 @@ impl WaitingRoom {
             parked: VecDeque::with_capacity(threads),
             tickets: Vec::with_capacity(threads),
             stuck: Vec::new(),
+            trying: None,
             pause: FIRST_PAUSE,
             due: None,
             starved: false,
         }
     }
 
+    /// Parks a fault. Who waits for the same page is released with it, so that each page is parked once, for its oldest fault.
     pub(super) fn park(&mut self, page: u32, since: Instant) {
-        self.parked.push_back(Waiting { page, since, reported: false });
+        match self.parked.iter_mut().find(|waiting| waiting.page == page) {
+            Some(waiting) => waiting.since = waiting.since.min(since),
+            None => self.parked.push_back(self.waiting(page, since)),
+        }
         if self.due.is_none() {
             self.due = Some(Instant::now() + self.pause);
         }
@@ -66,20 +73,26 @@ impl WaitingRoom {
         }
     }
 
+    /// Whether what is parked has been tried many times.
+    pub(super) fn is_patient(&self) -> bool {
+        self.pause == LONGEST_PAUSE
+    }
+
     pub(super) fn next_parked(&mut self) -> Option<Waiting> {
-        self.parked.pop_front()
+        self.trying = self.parked.pop_front();
+        self.trying
     }
 
     /// After a round in which nothing was parked again, the next trouble starts with a short pause.
     pub(super) fn end_round(&mut self) {
+        self.trying = None;
         if self.parked.is_empty() {
             self.pause = FIRST_PAUSE;
-            self.starved = false;
         }
     }
 
     pub(super) fn ticket(&mut self, page: u32, since: Instant) {
-        self.tickets.push(Waiting { page, since, reported: false });
+        self.tickets.push(self.waiting(page, since));
     }
 
     /// Takes back the ticket of a page.
@@ -89,7 +102,22 @@ impl WaitingRoom {
     }
 
     pub(super) fn stuck(&mut self, page: u32, since: Instant) {
-        self.stuck.push(Waiting { page, since, reported: false });
+        self.stuck.push(self.waiting(page, since));
+    }
+
+    fn waiting(&self, page: u32, since: Instant) -> Waiting {
+        let reported = self.trying.is_some_and(|trying| trying.page == page && trying.reported);
+        Waiting { page, since, reported }
+    }
+
+    /// The pages that are parked.
+    pub(super) fn parked(&self) -> impl Iterator<Item = u32> + '_ {
+        self.parked.iter().map(|waiting| waiting.page)
+    }
+
+    /// Whether someone waits for a page that failed.
+    pub(super) fn has_stuck(&self) -> bool {
+        !self.stuck.is_empty()
     }
 
     /// Every fault that has grown older than `limit` and has not been reported yet.

@@ -11,4 +11,6 @@ pub mod mapping;
 pub mod memfd;
 pub mod pidfd;
 pub mod uffd;
+#[cfg(test)]
+mod tests;
 mod uffd_abi;

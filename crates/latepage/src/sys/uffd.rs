@@ -236,6 +236,18 @@ impl MessageBuffer {
     }
 }
 
+/// What has become of the memory behind a userfaultfd.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OwnersMemory {
+    /// It exists.
+    There,
+    /// It exists, and a thread of its owner is in the middle of a discard, fork, move or unmapping: its event is unread, or
+    /// will come, or has been read and the thread has not run since.
+    Changing,
+    /// Its owner has ended, or there never was any.
+    Gone,
+}
+
 /// A userfaultfd: ours, or one that another process sent. Its calls act on the memory of whoever made it.
 #[derive(Debug)]
 pub struct Userfaultfd {
@@ -458,15 +470,25 @@ impl Userfaultfd {
     }
 
     /// Whether the memory behind it still exists. Nothing is changed by asking.
-    ///
-    /// The kernel tells a dead owner (ESRCH) before it looks at the range, and a range that nobody can have registered
-    /// (ENOENT) only after it.
     pub fn has_memory(&self) -> bool {
+        self.memory() != OwnersMemory::Gone
+    }
+
+    /// What has become of the memory behind it. Nothing is changed by asking.
+    ///
+    /// The kernel tells a discard that is under way (EAGAIN), then a dead owner (ESRCH), before it looks at the range, and a
+    /// range that nobody can have registered (ENOENT) only after them.
+    pub fn memory(&self) -> OwnersMemory {
         // The first page of an address space is never mapped (vm.mmap_min_addr); even if it were, it is not registered.
         const NOBODYS_PAGE: u64 = 4096;
         static PAGE: [u8; 4096] = [0; 4096];
         let probe = self.copy(NOBODYS_PAGE, &PAGE, InstallMode::DONTWAKE);
-        probe.stopped != Some(Errno::SRCH)
+        match probe.stopped {
+            // EINVAL: UFFDIO_API was never done, so that no range can be registered.
+            Some(Errno::SRCH | Errno::INVAL) => OwnersMemory::Gone,
+            Some(Errno::AGAIN) => OwnersMemory::Changing,
+            _ => OwnersMemory::There,
+        }
     }
 }
 
