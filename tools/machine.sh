@@ -46,7 +46,7 @@ demo() {
     [ -r /dev/kvm ] && [ -w /dev/kvm ] || echo "latepage: no access to /dev/kvm: ordinary threads stand in for the guest" >&2
     [ -w /dev/userfaultfd ] || [ "$(id -u)" = 0 ] \
         || [ "$(cat /proc/sys/vm/unprivileged_userfaultfd 2>/dev/null)" = 1 ] \
-        || lacks "no access to /dev/userfaultfd: grant it with an ACL (setfacl -m u:$USER:rw /dev/userfaultfd), or run as root"
+        || lacks "no access to /dev/userfaultfd: grant it with an ACL (setfacl -m u:$(id -un):rw /dev/userfaultfd), or run as root"
 }
 
 case "${1:-}" in

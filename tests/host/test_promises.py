@@ -92,7 +92,6 @@ def test_contents_are_right_while_a_balloon_discards_and_population_runs(
     pager = serve("--populate", "background", source=saved.memory)
     with VmProcess.restore(
         saved.state,
-        verify(1),
         pager=pager.socket,
         handshake=way.handshake,
         backing=way.backing,
@@ -101,6 +100,7 @@ def test_contents_are_right_while_a_balloon_discards_and_population_runs(
     ) as vm:
         pages = vm.event("started")["pages"]
         with vm.client() as client:
+            client.run(verify(1))
             unit = 512 if way.backing == "hugetlb" else 8
             for first in range(0, pages - unit, 8 * unit):
                 client.discard(first, unit)

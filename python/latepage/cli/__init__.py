@@ -20,10 +20,10 @@ app = cyclopts.App(
     help="Supplies a virtual machine's memory late: page by page, at the moment the guest touches it.",
     version=_version,
 )
-# Their summaries stand here too, so that `latepage --help` need not import them.
-app.command("latepage.cli.serve:serve", name="serve", help="Supply the memory of the VMs that connect to a socket, from a file.")
+# Their summaries stand here, so that `latepage --help` need not import them.
+app.command("latepage.cli.serve:app", name="serve", help="Supply the memory of the VMs that connect to a socket, from a file.")
 app.command("latepage.cli.vm:app", name="vm", help="Run, save and restore reference VMs.")
-app.command("latepage.cli.demo:demo", name="demo", help="Restore one VM three ways, and draw where its time went.")
+app.command("latepage.cli.demo:app", name="demo", help="Restore one VM three ways, and draw where its time went.")
 
 
 def main() -> None:

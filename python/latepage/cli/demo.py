@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from cyclopts import Parameter
+from cyclopts import App, Parameter
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -75,19 +75,25 @@ class Demo:
     picture: str | None
 
 
+app = App(
+    name="demo",
+    help_epilogue="It boots a VM, fills its memory, saves it, and restores it three ways: read in first, mapped, and through "
+    "latepage. Each time the restored guest verifies all of its memory in random order, with the memory file in the page cache.",
+)
+
+
+@app.default
 def demo(
     *,
     memory: Size = 256 << 20,
     output: Path = Path("demo"),
-    json: Annotated[bool, Parameter(negative=())] = False,
+    json: Annotated[bool, Parameter(negative=(), show_default=False)] = False,
 ) -> int:
     """Boot a VM, fill its memory, save it, and restore it three ways: read in first, mapped, and through latepage.
 
-    Each time the restored guest verifies all of its memory in random order. The memory file is in the page cache.
-
     Args:
         memory: of the VM, a multiple of 2 MiB.
-        output: a folder for the picture (demo.png), the figures (demo.json) and the trace.
+        output: a folder for the picture (demo.png) and the figures (demo.json).
         json: print the figures as JSON instead of a table.
     """
     began = time.monotonic()

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import Parameter
+from cyclopts import App, Parameter
 
 from latepage.cli.rights import lacking
 from latepage.cli.signals import Signals
@@ -20,9 +20,17 @@ from latepage.source import open_source
 
 __all__ = ["serve"]
 
-Flag = Annotated[bool, Parameter(negative=())]
+Flag = Annotated[bool, Parameter(negative=(), show_default=False)]
+
+app = App(
+    name="serve",
+    help_epilogue="Any number of VMs may connect, by Firecracker's page-fault handshake or by latepage's own. SIGTERM or Ctrl-C "
+    "drains: no new VM is taken, those that live get all that they lack, and the command ends with 0 when none needs it any "
+    "more. A second one treats the VMs that still lack memory as --on-missing says, names them, and ends with 1.",
+)
 
 
+@app.default
 def serve(
     socket: Path,
     source: str,
@@ -32,7 +40,7 @@ def serve(
     on_missing: OnMissing = "kill",
     fault_around: Size = 64 << 10,
     mode: Mode = 0o660,
-    allow_uid: Annotated[tuple[int, ...], Parameter(negative=())] = (),
+    allow_uid: Annotated[tuple[int, ...], Parameter(negative=(), consume_multiple=False, show_default=False)] = (),
     stall_warning: float = 5.0,
     handshake_timeout: float = 5.0,
     detach_when_full: Flag = False,
@@ -40,10 +48,6 @@ def serve(
     json: Flag = False,
 ) -> int:
     """Supply the memory of the VMs that connect to SOCKET, from the memory file SOURCE.
-
-    Any number of VMs may connect, by Firecracker's page-fault handshake or by latepage's own. SIGTERM (or Ctrl-C)
-    drains: no new VM is taken, those that live get all that they lack, and the command ends with 0 when none needs it
-    any more. A second one treats the VMs that still lack memory as --on-missing says, names them, and ends with 1.
 
     Args:
         socket: where VMs connect; made anew, and removed at the end.

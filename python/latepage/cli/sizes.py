@@ -5,7 +5,7 @@ from typing import Annotated
 
 from cyclopts import Parameter, Token
 
-from latepage.memory import parse_size
+from latepage.memory import format_size, parse_size
 
 __all__ = ["Mode", "Size"]
 
@@ -21,8 +21,8 @@ def _mode(_type: object, tokens: Sequence[Token]) -> int:
         raise ValueError(f"{tokens[0].value!r} is no file mode: write it in octal, as in 0660") from None
 
 
-Size = Annotated[int, Parameter(converter=_size)]
+Size = Annotated[int, Parameter(converter=_size, show_default=lambda size: format_size(size).replace(" ", ""))]
 """Bytes, written like 64KiB."""
 
-Mode = Annotated[int, Parameter(converter=_mode)]
+Mode = Annotated[int, Parameter(converter=_mode, show_default=lambda mode: f"{mode:04o}")]
 """Permissions of a file, in octal."""
