@@ -198,12 +198,13 @@ def test_a_signal_ends_it_cleanly_in_the_middle_of_a_job(folder: Path, number: s
 
 def test_what_no_vm_can_be_is_refused_in_one_line_with_status_2(snapshot: Snapshot) -> None:
     state, memory = snapshot
-    for arguments, why in [
+    refusals: list[tuple[list[str | Path], str]] = [
         (["create", "--memory", "3000000"], "multiple of 2 MiB"),
         (["create", "--memory", "4194304", "--vcpus", "65"], "1 to 64"),
         (["create", "--memory", "4194304", "--name", "a b"], "a b"),
         (["restore", state, "--map", memory, "--backing", "hugetlb"], "cannot be hugetlb"),
-    ]:
+    ]
+    for arguments, why in refusals:
         status, said = refused(*arguments)
         assert status == 2
         assert why in said
@@ -222,7 +223,7 @@ def test_files_and_sockets_that_are_not_what_they_should_be_are_refused_in_one_l
     live = socket.socket(socket.AF_UNIX)
     live.bind(str(folder / "live.sock"))
     live.listen()
-    for arguments, why in [
+    refusals: list[tuple[list[str | Path], str]] = [
         (["restore", folder / "none", "--map", memory], "none"),
         (["restore", later, "--map", memory], "its version is 2"),
         (["restore", memory, "--map", memory], "no state file"),
@@ -232,7 +233,8 @@ def test_files_and_sockets_that_are_not_what_they_should_be_are_refused_in_one_l
         (["create", "--memory", str(MEMORY), "--api-sock", taken], "no socket"),
         (["create", "--memory", str(MEMORY), "--api-sock", folder / "live.sock"], "listens there already"),
         (["create", "--memory", str(MEMORY), "--api-sock", folder / ("x" * 120)], "107 bytes"),
-    ]:
+    ]
+    for arguments, why in refusals:
         status, said = refused(*arguments)
         assert status == 1, said
         assert why in said

@@ -74,7 +74,8 @@ impl Vm {
     /// Answers requests at a Unix socket until the VM is closed.
     fn listen(&self, py: Python<'_>, path: PathBuf) -> PyResult<()> {
         let vm = self.vm(py)?;
-        let server = py.detach(|| ApiServer::start(&vm, &path)).map_err(|error| guest_error(py, &error, vm.name()))?;
+        let server =
+            py.detach(|| ApiServer::start(&vm, &path)).map_err(|error| guest_error(py, &error, vm.name()))?;
         if let Some(held) = &mut *self.lock() {
             held.server = Some(server);
         }
@@ -95,7 +96,11 @@ impl Vm {
 }
 
 impl Vm {
-    fn made(py: Python<'_>, make: impl FnOnce() -> Result<Machine, VmError> + Send, name: &str) -> PyResult<Self> {
+    fn made(
+        py: Python<'_>,
+        make: impl FnOnce() -> Result<Machine, VmError> + Send,
+        name: &str,
+    ) -> PyResult<Self> {
         let vm = py.detach(make).map_err(|error| guest_error(py, &error, name))?;
         Ok(Self { held: Mutex::new(Some(Held { server: None, vm: Arc::new(vm) })) })
     }

@@ -38,11 +38,11 @@ impl Pool {
         };
         rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive).unwrap();
         let before = std::fs::read_to_string(POOL).unwrap().trim().parse().unwrap();
-        let pool = Self { before, _turn: turn, _lock: lock };
-        if pool.before > 0 {
+        if before > 0 {
             eprintln!("skipped: the pool of huge pages is in use by others ({POOL} is not 0)");
             return None;
         }
+        let pool = Self { before, _turn: turn, _lock: lock };
         match pool.set(pages) {
             true => Some(pool),
             false => {

@@ -7,6 +7,7 @@ socket of either. All three take the same requests.
 >>> from latepage.kvm import Job, Vm
 >>> with Vm.create("vm-7", memory=8 << 20, backing="shared", guest="threads") as vm:
 ...     vm.run(Job("fill", seed=7))
+...     filled = vm.wait()
 ...     vm.run(Job("verify", order="random"))
 ...     vm.wait().is_right, vm.compare().is_right, vm.report().guest
 (True, True, 'threads')

@@ -1,7 +1,7 @@
 # The guest: everything that ever runs inside the reference VMM.
 #
 # Position-independent 64-bit code, copied to one place in guest memory (layout.rs, CODE). There is no stack, no interrupt
-# and no mailbox: arguments come in registers (docs/vm.md has the table, guest/abi.rs sets them), results leave by `out`.
+# and no mailbox: arguments come in registers (docs/vm.md has the table, guest/registers.rs sets them), results leave by `out`.
 # Every program is a loop whose whole state is in registers, so that a VM may be paused, saved and restored at any instruction.
 #
 #   rsi  fingerprint pages below the hole in guest-physical memory     rdx  bytes to skip for the pages above it

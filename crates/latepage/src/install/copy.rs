@@ -27,7 +27,8 @@ impl CopyInstall {
 impl Install for CopyInstall {
     fn fill(&self, layout: &Layout, first: u32, contents: &[u8]) -> Outcome {
         let place = layout.place(first);
-        let copied = Outcome::new(self.uffd.copy(place.hva, contents, InstallMode::empty()), place.page_size.bytes());
+        let copied =
+            Outcome::new(self.uffd.copy(place.hva, contents, InstallMode::empty()), place.page_size.bytes());
         absent(copied, place.page_size)
     }
 

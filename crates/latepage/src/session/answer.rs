@@ -18,7 +18,9 @@ pub(super) fn checked(
         Answer::Bytes(bytes) => bytes.len() as u64,
         Answer::Zero(bytes) => bytes,
         Answer::Later if may_be_later => return Ok(answer),
-        Answer::Later => return Err("the source has a fault: it answered \"later\" where it was to wait".to_owned()),
+        Answer::Later => {
+            return Err("the source has a fault: it answered \"later\" where it was to wait".to_owned());
+        }
     };
     if covered == 0 || covered > asked as u64 || !covered.is_multiple_of(unit as u64) {
         return Err(format!(

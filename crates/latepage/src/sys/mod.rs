@@ -10,7 +10,7 @@ pub mod lease;
 pub mod mapping;
 pub mod memfd;
 pub mod pidfd;
-pub mod uffd;
 #[cfg(test)]
 mod tests;
+pub mod uffd;
 mod uffd_abi;
