@@ -1,5 +1,6 @@
 """The promises, with real VMs on `latepage serve`: contents, and that nobody is harmed by another's end."""
 
+import fcntl
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -40,18 +41,20 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture
 def huge_pages() -> Iterator[None]:
-    """Enough pages of 2 MiB in the pool, for the time of a test."""
-    before = int(HUGE.read_text())
-    try:
-        HUGE.write_text(str(before + 2 * MEMORY // (2 << 20)))
-    except OSError as error:
-        pytest.skip(f"no pages of 2 MiB can be reserved: {error}")
-    try:
-        if int(HUGE.read_text()) < before + MEMORY // (2 << 20):
-            pytest.skip("there are not enough pages of 2 MiB")
-        yield
-    finally:
-        HUGE.write_text(str(before))
+    """Enough pages of 2 MiB in the pool, for the time of a test. Whoever else changes the pool waits for its lock."""
+    with HUGE.open() as pool:
+        fcntl.flock(pool, fcntl.LOCK_EX)
+        before = int(HUGE.read_text())
+        try:
+            HUGE.write_text(str(before + 2 * MEMORY // (2 << 20)))
+        except OSError as error:
+            pytest.skip(f"no pages of 2 MiB can be reserved: {error}")
+        try:
+            if int(HUGE.read_text()) < before + MEMORY // (2 << 20):
+                pytest.skip("there are not enough pages of 2 MiB")
+            yield
+        finally:
+            HUGE.write_text(str(before))
 
 
 @dataclass(frozen=True)
