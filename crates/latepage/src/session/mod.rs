@@ -4,7 +4,10 @@
 //! source, installs, settles and releases. Everything that touches the guest happens inside the session's gate (see `gate.rs`).
 
 mod answer;
+mod end;
+mod fail;
 mod gate;
+mod place;
 mod policy;
 mod populate;
 mod report;

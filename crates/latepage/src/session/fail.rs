@@ -1,0 +1,113 @@
+//! What cannot be had: the VM is killed, or the page poisoned, or it is held and reported. Never a zero page.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Instant;
+
+use rustix::io::Errno;
+
+use super::policy::OnMissing;
+use super::report::{Action, Report};
+use super::{Core, Scratch, Session};
+use crate::install::Stop;
+use crate::memory::PageState;
+use crate::sys::pidfd::PidFd;
+
+impl Session {
+    /// A page that someone waits for cannot be had.
+    pub(super) fn fail(&self, core: &mut Core, page: u32, since: Instant, reason: &str) {
+        self.stats.counters.failures.add(1);
+        if matches!(self.pages.fail(page), PageState::Absent | PageState::InFlight) {
+            self.paid(1);
+        }
+        self.act_on_failure(core, page, since, reason);
+    }
+
+    pub(super) fn failed_again(&self, core: &mut Core, page: u32, since: Instant) {
+        self.act_on_failure(core, page, since, "it could not be had before");
+    }
+
+    fn act_on_failure(&self, core: &mut Core, page: u32, since: Instant, reason: &str) {
+        let action = match self.policy.on_missing {
+            OnMissing::Kill => self.kill(),
+            OnMissing::Poison => match self.poison(core, page..page + 1) {
+                Some(action) => action,
+                // Tried again, and told, when the kernel lets us.
+                None => return core.waiting.park(page, since),
+            },
+        };
+        if action.holds() {
+            core.waiting.stuck(page, since);
+        }
+        let hva = self.layout.place(page).hva;
+        self.host.report(self, Report::Failed { hva, page: Some(page), reason: reason.to_owned(), action });
+    }
+
+    /// A fault outside every region: nobody can say what belongs there.
+    pub(super) fn fail_stray(&self, _core: &mut Core, hva: u64) {
+        self.stats.counters.failures.add(1);
+        let action = self.kill();
+        let reason = "the address is outside every region that the VM named".to_owned();
+        self.host.report(self, Report::Failed { hva, page: None, reason, action });
+    }
+
+    /// Kills the VM.
+    pub fn kill(&self) -> Action {
+        if self.pid == Some(std::process::id()) {
+            return Action::HeldSelf;
+        }
+        match self.with_process(PidFd::kill) {
+            // A process that has ended is as good as killed.
+            Some(Ok(()) | Err(Errno::SRCH)) => Action::Killed,
+            Some(Err(errno)) => Action::Held(errno),
+            None => Action::HeldUnseen,
+        }
+    }
+
+    /// Poisons pages; where the kernel cannot, the VM is killed. `None` where it will not just now.
+    fn poison(&self, core: &Core, run: Range<u32>) -> Option<Action> {
+        let mut at = run.start;
+        while at < run.end {
+            let end = self.layout.region_end(at).min(run.end);
+            let outcome = core.install.poison(&self.layout, at..end);
+            at += outcome.pages;
+            match outcome.stopped {
+                None => {}
+                // A page that is there after all is not poisoned, and not missed.
+                Some(Stop::AlreadyThere) => {
+                    core.delivery.release(&self.layout, at..at + 1);
+                    at += 1;
+                }
+                Some(Stop::Gone) => return Some(Action::Killed),
+                Some(Stop::Busy) => return None,
+                Some(_) => return Some(self.kill()),
+            }
+        }
+        Some(Action::Poisoned)
+    }
+
+    /// Nothing more will be supplied to this VM: what it still lacks is treated as its policy says.
+    pub fn give_up(self: &Arc<Self>, scratch: &mut Scratch) -> Action {
+        match self.policy.on_missing {
+            OnMissing::Kill => self.kill(),
+            OnMissing::Poison => self
+                .inside(scratch, |core, _| {
+                    let mut action = Action::Poisoned;
+                    for page in 0..self.layout.pages() {
+                        if self.pages.state(page).is_lacking() {
+                            if matches!(self.pages.fail(page), PageState::Absent | PageState::InFlight) {
+                                self.paid(1);
+                            }
+                            // Nobody tries again after this.
+                            action = self.poison(core, page..page + 1).unwrap_or_else(|| self.kill());
+                            if action != Action::Poisoned {
+                                break;
+                            }
+                        }
+                    }
+                    action
+                })
+                .unwrap_or(Action::Killed),
+        }
+    }
+}

@@ -1,0 +1,309 @@
+//! Pages on their way into the guest: contents, zero, exposure; and what is counted when they are there.
+//!
+//! Every answer of the kernel is met here: docs/install.md has the table.
+
+use std::ops::Range;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use super::report::{End, Report};
+use super::steps::Steps;
+use super::{Core, Session};
+use crate::install::{Outcome, Stop, ZEROS};
+use crate::memory::{PageSize, PageState};
+use crate::source::Answer;
+use crate::stats::Reason;
+
+/// The page that someone waits for, and since when. `None` where pages are brought unasked.
+pub(super) type Demand = Option<(u32, Instant)>;
+
+impl Session {
+    /// Installs a run of claimed pages with what the source answered: zero pages as zero, the rest as they are.
+    /// Returns what stopped it, if something did; what had not come by then is nobody's again.
+    pub(super) fn put(
+        &self,
+        core: &mut Core,
+        run: Range<u32>,
+        answer: Answer<'_>,
+        demand: Demand,
+    ) -> Option<Stop> {
+        let Answer::Bytes(bytes) = answer else {
+            return self.put_zero(core, run, demand);
+        };
+        let unit = self.unit(run.start);
+        let is_zero = |page: u32| all_zero(&bytes[(page - run.start) as usize * unit..][..unit]);
+        let (mut at, mut zero) = (run.start, is_zero(run.start));
+        while at < run.end {
+            let mut next = false;
+            let same = |page: &u32| {
+                next = is_zero(*page);
+                next != zero
+            };
+            let end = (at + 1..run.end).find(same).unwrap_or(run.end);
+            let stopped = if zero {
+                self.put_zero(core, at..end, demand)
+            } else {
+                let contents = &bytes[(at - run.start) as usize * unit..(end - run.start) as usize * unit];
+                self.put_bytes(core, at..end, contents, demand)
+            };
+            if stopped.is_some() {
+                self.abandon(end..run.end);
+                return stopped;
+            }
+            (at, zero) = (end, next);
+        }
+        None
+    }
+
+    fn put_bytes(&self, core: &mut Core, run: Range<u32>, contents: &[u8], demand: Demand) -> Option<Stop> {
+        let unit = self.unit(run.start);
+        if !core.install.fill_exposes() {
+            core.install.fill(&self.layout, run.start, contents);
+            // Filled is stored after the contents and before anything is exposed.
+            for page in run.clone() {
+                self.pages.filled(page);
+            }
+            self.paid(u64::from(run.end - run.start));
+            self.account(run.clone(), false, demand);
+            return self.expose(core, run, demand);
+        }
+        let mut steps = Steps::new(run.clone());
+        while let Some(step) = steps.next() {
+            let from = (step.start - run.start) as usize * unit;
+            let to = (step.end - run.start) as usize * unit;
+            let outcome = core.install.fill(&self.layout, step.start, &contents[from..to]);
+            core.waiting.starved &= outcome.pages == 0;
+            self.settle(step.start..step.start + outcome.pages, false, demand);
+            let stopped = self.go_on(core, &mut steps, outcome, demand);
+            if stopped.is_some() {
+                return stopped;
+            }
+        }
+        None
+    }
+
+    fn put_zero(&self, core: &mut Core, run: Range<u32>, demand: Demand) -> Option<Stop> {
+        let unit = self.unit(run.start);
+        let mut steps = Steps::new(run);
+        while let Some(step) = steps.next() {
+            let by_hand = !core.install.fill_exposes();
+            let outcome = match by_hand && unit > PageSize::Small.bytes() as usize {
+                true => Outcome { pages: 0, stopped: Some(Stop::AlreadyThere) },
+                false => core.install.zero(&self.layout, step.clone()),
+            };
+            core.waiting.starved &= outcome.pages == 0;
+            self.settle(step.start..step.start + outcome.pages, true, demand);
+            if by_hand && outcome.stopped == Some(Stop::AlreadyThere) {
+                // The file has a page there that is not ours, or may have: it may hold anything.
+                steps.after(outcome);
+                let page = steps.skip();
+                let stopped = self.put_bytes(core, page..page + 1, &ZEROS[..unit], demand);
+                if stopped.is_some() {
+                    self.abandon(steps.left());
+                    return stopped;
+                }
+                continue;
+            }
+            let stopped = self.go_on(core, &mut steps, outcome, demand);
+            if stopped.is_some() {
+                return stopped;
+            }
+        }
+        None
+    }
+
+    /// What an outcome means for pages that we have claimed: where to go on, or the end of the run.
+    fn go_on(&self, core: &mut Core, steps: &mut Steps, outcome: Outcome, demand: Demand) -> Option<Stop> {
+        match steps.after(outcome) {
+            None => None,
+            Some(Stop::AlreadyThere) => {
+                self.already_there(core, steps.skip());
+                None
+            }
+            Some(stop) => {
+                self.abandon(steps.left());
+                self.stopped(core, steps.left(), stop, demand);
+                Some(stop)
+            }
+        }
+    }
+
+    /// Someone was first. The page is there, and whoever waits for it has perhaps not been told.
+    fn already_there(&self, core: &Core, page: u32) {
+        self.stats.counters.already_there.add(1);
+        if self.pages.state(page) == PageState::InFlight {
+            self.paid(1);
+        }
+        self.pages.settle(page);
+        core.delivery.release(&self.layout, page..page + 1);
+    }
+
+    /// An install stopped for a reason that is not about one page. The pages of `run` are nobody's now.
+    fn stopped(&self, core: &mut Core, run: Range<u32>, stop: Stop, demand: Demand) {
+        let demanded = demand.filter(|(page, _)| run.contains(page));
+        match (stop, demanded) {
+            (Stop::Gone, _) => self.finish(End::Gone),
+            (Stop::Busy, Some((page, since))) => core.waiting.park(page, since),
+            (Stop::NoMemory, demanded) => {
+                if !std::mem::replace(&mut core.waiting.starved, true) {
+                    self.host.report(self, Report::NoMemory { hva: self.layout.place(run.start).hva });
+                }
+                if let Some((page, since)) = demanded {
+                    core.waiting.park(page, since);
+                    if core.waiting.is_patient() {
+                        // Should a huge page be there after all, put in place by the VMM itself, this releases who waits.
+                        core.delivery.release(&self.layout, page..page + 1);
+                    }
+                }
+            }
+            // The layout changed under us, and nothing is owed there any more. munmap(2) wakes nobody: who waits there
+            // looks again.
+            (Stop::Unmapped, _) => {
+                self.removed(run.start..run.start + 1, Instant::now());
+                core.delivery.release(&self.layout, run.start..run.start + 1);
+            }
+            // Unasked: it can be brought another time.
+            (Stop::Busy | Stop::Hole | Stop::AlreadyThere | Stop::Failed(_), None) => {}
+            (Stop::Hole | Stop::AlreadyThere, Some((page, since))) => core.waiting.park(page, since),
+            (Stop::Failed(errno), Some((page, since))) => {
+                self.fail(core, page, since, &format!("the kernel would not install it: {errno}"));
+            }
+        }
+    }
+
+    /// Installs zero for a page that was removed and that we have claimed.
+    pub(super) fn clear(&self, core: &mut Core, page: u32, since: Instant) {
+        let outcome = core.install.zero(&self.layout, page..page + 1);
+        match outcome.stopped {
+            None => {
+                self.stats.counters.zero_pages.add(1);
+                self.stats.counters.bytes_installed.add(self.unit(page) as u64);
+                self.stats.trace.record(page, Reason::Cleared, self.now_ns(Instant::now()));
+                self.cleared(page);
+                self.released(&(page..page + 1), Some((page, since)));
+            }
+            Some(Stop::AlreadyThere) => {
+                // Its file holds something, or the guest has a page: that is what it reads from now on.
+                self.cleared(page);
+                self.expose_removed(core, page, since);
+            }
+            Some(stop) => {
+                self.pages.abandon(page);
+                self.stopped(core, page..page + 1, stop, Some((page, since)));
+            }
+        }
+    }
+
+    /// A page of private memory stays removed for good: should it be taken away once more without a word, CONTINUE would bring
+    /// back the snapshot that its file still holds.
+    fn cleared(&self, page: u32) {
+        if self.may_detach() {
+            self.pages.settle(page);
+        } else {
+            self.pages.abandon(page);
+        }
+    }
+
+    fn expose_removed(&self, core: &mut Core, page: u32, since: Instant) {
+        if self.may_detach() {
+            self.expose(core, page..page + 1, Some((page, since)));
+        } else {
+            core.delivery.release(&self.layout, page..page + 1);
+        }
+    }
+
+    /// Lets the guest see pages that are filled, or were there before. Claims nothing: present stays present.
+    pub(super) fn expose(&self, core: &mut Core, run: Range<u32>, demand: Demand) -> Option<Stop> {
+        let mut steps = Steps::new(run.clone());
+        while let Some(step) = steps.next() {
+            let outcome = core.install.expose(&self.layout, step.clone());
+            for page in step.start..step.start + outcome.pages {
+                self.pages.settle(page);
+            }
+            match steps.after(outcome) {
+                None => {}
+                Some(Stop::AlreadyThere) => self.already_there(core, steps.skip()),
+                // What is filled stays filled: its next fault exposes it.
+                Some(stop) => {
+                    self.stopped(core, steps.left(), stop, demand);
+                    return Some(stop);
+                }
+            }
+        }
+        self.released(&run, demand);
+        None
+    }
+
+    /// The one who asked goes on: his wait is over.
+    fn released(&self, run: &Range<u32>, demand: Demand) {
+        if let Some((page, since)) = demand
+            && run.contains(&page)
+        {
+            self.stats.latency.record(since.elapsed().as_nanos() as u64);
+        }
+    }
+
+    /// Pages that were installed and exposed in one step.
+    fn settle(&self, run: Range<u32>, zero: bool, demand: Demand) {
+        if run.is_empty() {
+            return;
+        }
+        for page in run.clone() {
+            self.pages.settle(page);
+        }
+        self.paid(u64::from(run.end - run.start));
+        self.account(run.clone(), zero, demand);
+        self.released(&run, demand);
+    }
+
+    /// Counts pages that have come, and traces them.
+    fn account(&self, run: Range<u32>, zero: bool, demand: Demand) {
+        let counters = &self.stats.counters;
+        let pages = u64::from(run.end - run.start);
+        counters.bytes_installed.add(pages * self.unit(run.start) as u64);
+        if zero {
+            counters.zero_pages.add(pages);
+        }
+        let now = self.now_ns(Instant::now());
+        let demanded = demand.is_some_and(|(page, _)| run.contains(&page));
+        match demand {
+            Some(_) => {
+                counters.beside_pages.add(pages - u64::from(demanded));
+                if demanded && !zero {
+                    counters.source_pages.add(1);
+                }
+            }
+            None => counters.populated_pages.add(pages),
+        }
+        for page in run {
+            let reason = match demand {
+                Some((wanted, _)) if wanted == page => Reason::Demand,
+                Some(_) => Reason::Beside,
+                None => Reason::Population,
+            };
+            self.stats.trace.record(page, reason, now);
+        }
+    }
+
+    /// So many pages fewer are owed; the last one is worth a word.
+    pub(super) fn paid(&self, pages: u64) {
+        if pages > 0 && self.owed.fetch_sub(pages, Ordering::AcqRel) == pages {
+            self.host.report(self, Report::Full);
+        }
+    }
+
+    /// Gives claimed pages back, nothing having been written.
+    pub(super) fn abandon(&self, pages: Range<u32>) {
+        for page in pages {
+            self.pages.abandon(page);
+        }
+    }
+}
+
+/// Whether a page is all zero. Most others show it in their first words.
+fn all_zero(page: &[u8]) -> bool {
+    let (before, words, after) = (&page[..8], page.chunks_exact(64), &page[page.len() - 8..]);
+    before.iter().all(|byte| *byte == 0)
+        && after.iter().all(|byte| *byte == 0)
+        && words.into_iter().all(|chunk| chunk.iter().fold(0, |seen, byte| seen | byte) == 0)
+}
