@@ -16,6 +16,7 @@ __all__ = [
     "Failed",
     "LeaseBreaking",
     "Listening",
+    "Left",
     "Lost",
     "NoMemory",
     "Populated",
@@ -268,6 +269,19 @@ class Drained(Event):
     """Every VM has ended or needs no pager any more."""
 
     event: ClassVar[str] = "drained"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Left(Event):
+    """The pager ends and this VM lives: its next fault or discard waits for ever, until someone ends it.
+
+    Attributes:
+        lacking: pages that had not come.
+    """
+
+    event: ClassVar[str] = "left"
+    vm: str
+    lacking: int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -229,6 +229,20 @@ fn a_drain_waits_for_a_vm_of_private_memory_and_names_it() {
     serving.wait("drained", |what| matches!(what, What::Drained));
 }
 
+/// Its next discard waits for ever, since its memory must stay registered and nobody reads the event.
+#[test]
+fn closing_names_a_full_vm_that_cannot_be_let_go() {
+    need_userfaultfd!();
+    let mut serving = Serving::new(snapshot(4), Policy { population: Population::Background, ..killing() });
+    let mut vm = Vmm::start();
+    vm.tell("guest private 4");
+    vm.tell(&format!("connect {} vm", serving.socket.display()));
+    serving.wait("populated", |what| matches!(what, What::Populated { vm, .. } if vm == "vm"));
+    assert_eq!(serving.pager.close(), ["vm"]);
+    serving.wait("left", |what| matches!(what, What::Left { vm, lacking: 0 } if vm == "vm"));
+    vm.kill();
+}
+
 #[test]
 fn a_full_vm_is_let_go_at_once_where_the_policy_says_so() {
     need_userfaultfd!();

@@ -221,6 +221,8 @@ fn check_backing(backing: Backing, layout: &Layout, memory: bool) -> Result<(), 
         }
     } else if memory && backing == Backing::Anonymous {
         "has no memory file: leave \"memory\" out of the descriptors, or say \"shared\" or \"private\""
+    } else if memory && backing == Backing::Hugetlb {
+        "takes no memory file: huge pages are copied in; leave \"memory\" out of the descriptors"
     } else {
         return Ok(());
     };

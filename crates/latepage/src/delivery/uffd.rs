@@ -44,6 +44,7 @@ impl Delivery for UffdDelivery {
                 Message::Unknown(event) => batch.surprises.push(Surprise::Unknown(event)),
             }
         }
+        merge(&mut batch.removed);
         Ok(())
     }
 
@@ -57,5 +58,36 @@ impl Delivery for UffdDelivery {
 
     fn descriptor(&self) -> BorrowedFd<'_> {
         self.uffd.as_fd()
+    }
+}
+
+/// Joins ranges that overlap or touch: a VMM that discards the same memory again and again costs one walk of it for each read.
+fn merge(ranges: &mut Vec<Range<u32>>) {
+    ranges.sort_unstable_by_key(|range| range.start);
+    ranges.dedup_by(|next, merged| {
+        let joined = next.start <= merged.end;
+        if joined {
+            merged.end = merged.end.max(next.end);
+        }
+        joined
+    });
+}
+
+#[cfg(test)]
+mod merging {
+    use super::merge;
+
+    #[test]
+    fn discards_of_the_same_memory_are_one() {
+        let mut ranges = vec![8..12, 0..4, 2..6, 6..7, 0..4, 20..21, 9..10];
+        merge(&mut ranges);
+        assert_eq!(ranges, [0..7, 8..12, 20..21]);
+    }
+
+    #[test]
+    fn nothing_stays_nothing() {
+        let mut ranges = Vec::new();
+        merge(&mut ranges);
+        assert!(ranges.is_empty());
     }
 }

@@ -6,13 +6,14 @@ use std::sync::Arc;
 
 use rustix::io::Errno;
 
-use super::copy::ZEROS;
 use super::{Install, Outcome, Stop, copy};
-use crate::memory::{Layout, PageSize};
+use crate::memory::Layout;
 use crate::sys::mapping::{MapError, Mapping};
 use crate::sys::uffd::{InstallMode, OwnersMemory, Userfaultfd};
 
 /// Installs by writing through a second, never faulting view of the guest's memory file, and UFFDIO_CONTINUE.
+///
+/// For pages of 4 KiB: a store to a huge page that the pool does not have would be a SIGBUS, so huge pages are copied in.
 pub struct MinorInstall {
     uffd: Arc<Userfaultfd>,
     view: Mapping,
@@ -48,15 +49,6 @@ impl Install for MinorInstall {
     fn zero(&self, layout: &Layout, pages: Range<u32>) -> Outcome {
         let place = layout.place(pages.start);
         let bytes = place.page_size.bytes();
-        if place.page_size == PageSize::Huge {
-            // There is no ZEROPAGE for them: a hole is filled by hand, and what is no hole is what it reads as.
-            let exposed = Outcome::new(self.uffd.continue_(place.hva, bytes, InstallMode::empty()), bytes);
-            if exposed.stopped != Some(Stop::Hole) {
-                return exposed;
-            }
-            self.view.write(place.offset as usize, &ZEROS);
-            return Outcome::new(self.uffd.continue_(place.hva, bytes, InstallMode::empty()), bytes);
-        }
         let length = u64::from(pages.end - pages.start) * bytes;
         Outcome::new(self.uffd.zeropage(place.hva, length, InstallMode::empty()), bytes)
     }

@@ -67,6 +67,7 @@ impl Attendant {
             listeners: Vec::new(),
             handshakes: 0,
             paused: false,
+            warned: false,
             messages: MessageBuffer::new(64),
             bytes: vec![0; 64 << 10].into_boxed_slice(),
         };
@@ -117,6 +118,8 @@ struct Thread {
     handshakes: usize,
     /// No peer is accepted: too many handshakes, or no descriptors.
     paused: bool,
+    /// That nobody can be accepted has been said since somebody last was.
+    warned: bool,
     messages: MessageBuffer,
     bytes: Box<[u8]>,
 }
@@ -172,10 +175,24 @@ impl Thread {
                     self.watch(Entry::Listening(listener, socket));
                 }
                 Order::StopListening => self.stop_listening(shared),
-                Order::Stop => return true,
+                Order::Stop => {
+                    self.leave_word(shared);
+                    return true;
+                }
             }
         }
         false
+    }
+
+    /// Whoever was refused and still lives is left with nobody to answer its faults.
+    fn leave_word(&self, shared: &Arc<Shared>) {
+        for entry in self.entries.values() {
+            if let Entry::Condemned(condemned) = entry
+                && condemned.lives()
+            {
+                shared.events.emit(What::Warning { what: condemned.last_word() });
+            }
+        }
     }
 
     /// No peer is left behind: those who had connected are refused in words.
@@ -252,11 +269,15 @@ impl Thread {
                     }
                 }
                 Err(Errno::INTR | Errno::CONNABORTED) => {}
-                Err(Errno::AGAIN) => return true,
+                Err(Errno::AGAIN) => {
+                    self.warned = false;
+                    return true;
+                }
                 Err(errno) => {
-                    shared.events.emit(What::Warning {
-                        what: format!("accept: {errno}; trying again (open files: ulimit -n)"),
-                    });
+                    if !std::mem::replace(&mut self.warned, true) {
+                        let what = format!("accept: {errno}; trying again (open files: ulimit -n)");
+                        shared.events.emit(What::Warning { what });
+                    }
                     return false;
                 }
             }
@@ -423,6 +444,11 @@ impl Thread {
                     let _ = epoll::delete(&self.epoll, descriptor);
                 }),
                 _ => {}
+            }
+        }
+        for entry in self.entries.values() {
+            if let Entry::Condemned(condemned) = entry {
+                condemned.attend(&mut self.messages);
             }
         }
         if std::mem::replace(&mut self.paused, false) {

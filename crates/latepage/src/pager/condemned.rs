@@ -9,6 +9,9 @@ use crate::session::{Action, OnMissing};
 use crate::sys::pidfd::PidFd;
 use crate::sys::uffd::{InstallMode, Message, MessageBuffer, Userfaultfd};
 
+/// Reads at a visit: the next one comes with the next tick, whatever a peer does.
+const READS: usize = 16;
+
 pub(super) struct Condemned {
     userfaultfds: Vec<Userfaultfd>,
     process: Option<PidFd>,
@@ -43,6 +46,15 @@ impl Condemned {
         self.userfaultfds.iter().map(Userfaultfd::as_fd)
     }
 
+    /// What the operator should know when nobody holds it any more.
+    pub(super) fn last_word(&self) -> String {
+        let who = self.pid.map_or_else(
+            || "a process that cannot be seen from here".to_owned(),
+            |pid| format!("process {pid}"),
+        );
+        format!("{who} was refused, and still waits for pages that nobody will bring: kill it")
+    }
+
     /// Whether it still must be held.
     pub(super) fn lives(&self) -> bool {
         self.userfaultfds.iter().any(Userfaultfd::has_memory)
@@ -51,7 +63,10 @@ impl Condemned {
     /// Poisons what it touches, where that is the policy. Reading also lets its discards go on.
     pub(super) fn attend(&self, buffer: &mut MessageBuffer) {
         for userfaultfd in &self.userfaultfds {
-            while matches!(userfaultfd.read(buffer), Ok(read) if read > 0) {
+            for _ in 0..READS {
+                if !matches!(userfaultfd.read(buffer), Ok(read) if read > 0) {
+                    break;
+                }
                 for message in buffer.drain() {
                     if let Message::PageFault { address, .. } = message
                         && self.on_missing == OnMissing::Poison

@@ -73,6 +73,9 @@ pub enum What {
     WaitingFor { vm: String, reason: &'static str },
     /// Every VM has ended or was let go.
     Drained,
+    /// The pager ends and this VM lives: it waits for ever at its next fault or discard, until someone ends it. `lacking` pages
+    /// had not come.
+    Left { vm: String, lacking: u64 },
     /// So many events were dropped, since nobody read them.
     Lost { count: u64 },
 }

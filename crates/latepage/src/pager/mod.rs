@@ -5,6 +5,7 @@
 //! | worker | one a core, four at most | serves faults; never blocks on a source, a log or Python |
 //! | reader | four | reads what a source did not have at hand |
 //! | populator | one | brings pages before anyone asks |
+//! | let-go | one | unregisters VMs that have all their memory; it never waits for a source |
 //! | attendant | one | handshakes, refused peers, stalls, sources |
 //! | log | one, where a log is wanted | writes JSON lines |
 
@@ -16,7 +17,7 @@ mod listener;
 mod pool;
 mod worker;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::Path;
@@ -53,8 +54,10 @@ pub struct Config {
     pub log: Option<OwnedFd>,
 }
 
-/// How long closing waits for VMs that were killed to be gone.
+/// How long closing waits for VMs that were killed to be gone, and then for its threads.
 const LAST_WAIT: Duration = Duration::from_secs(5);
+/// Between two looks at a thread that is about to end.
+const A_MOMENT: Duration = Duration::from_millis(1);
 
 /// Serves the memory of many VMs.
 pub struct Pager {
@@ -73,6 +76,7 @@ struct Shared {
     workers: OnceLock<Vec<Arc<Worker>>>,
     readers: Arc<Pool>,
     populators: Arc<Pool>,
+    detachers: Arc<Pool>,
     attendant: Attendant,
     next: AtomicU64,
     /// Held while a VM is let in, and while the pager becomes one that lets no more in: no VM falls between.
@@ -102,6 +106,8 @@ impl Pager {
         threads.extend(handles);
         let (populators, handles) = Pool::start("pop", config.populators.unwrap_or(1))?;
         threads.extend(handles);
+        let (detachers, handles) = Pool::start("let-go", 1)?;
+        threads.extend(handles);
         let attendant = Attendant::new()?;
         let shared = Arc::new_cyclic(|this| Shared {
             this: Weak::clone(this),
@@ -111,6 +117,7 @@ impl Pager {
             workers: OnceLock::new(),
             readers,
             populators,
+            detachers,
             attendant,
             next: AtomicU64::new(1),
             door: Mutex::new(()),
@@ -218,7 +225,10 @@ impl Pager {
         self.shared.drain();
     }
 
-    /// Ends the pager. VMs that still lack memory are treated as their policy says; their names are returned.
+    /// Ends the pager. VMs that still lack memory are treated as their policy says.
+    ///
+    /// Returns the names of those, and of VMs that have all their memory but cannot be let go: their next discard will wait for
+    /// ever, since nobody reads its event. [`What::Left`] tells which is which.
     pub fn close(&self) -> Vec<String> {
         {
             let _door = self.shared.door();
@@ -244,6 +254,12 @@ impl Pager {
             }
             if leaves {
                 leaving.push(session.id());
+            } else {
+                let vm = session.name().to_owned();
+                if !lacking.contains(&vm) {
+                    lacking.push(vm.clone());
+                }
+                self.shared.events.emit(What::Left { vm, lacking: session.owed() });
             }
         }
         self.shared.wait_for(&leaving, deadline);
@@ -252,9 +268,16 @@ impl Pager {
         }
         self.shared.stop();
         let threads = std::mem::take(&mut *self.threads());
+        let deadline = Instant::now() + LAST_WAIT;
         for thread in threads {
-            // A thread that panicked has said so on standard error, and is gone all the same.
-            let _ = thread.join();
+            // One that reads from a source which never answers cannot be had back: it is left to the end of the process.
+            while !thread.is_finished() && Instant::now() < deadline {
+                std::thread::sleep(A_MOMENT);
+            }
+            if thread.is_finished() {
+                // One that panicked has said so on standard error, and is gone all the same.
+                let _ = thread.join();
+            }
         }
         self.shared.events.close();
         lacking
@@ -352,8 +375,7 @@ impl Shared {
     }
 
     fn bring_all(&self, session: Arc<Session>) {
-        let all = 0..session.layout().pages();
-        self.populators.submit(Job::Populate(session, VecDeque::from([all])));
+        self.populators.submit(Job::PopulateAll(session, 0));
     }
 
     /// Brings all that is lacking to the sessions that `which` names.
@@ -393,7 +415,7 @@ impl Shared {
             return self.events.emit(What::WaitingFor { vm: session.name().to_owned(), reason });
         }
         if let Some(session) = self.sessions().live.get(&session.id()) {
-            self.populators.submit(Job::Detach(Arc::clone(session)));
+            self.detachers.submit(Job::Detach(Arc::clone(session)));
         }
     }
 
@@ -447,6 +469,7 @@ impl Shared {
         self.attendant.stop();
         self.readers.stop();
         self.populators.stop();
+        self.detachers.stop();
         for worker in self.workers.get().into_iter().flatten() {
             worker.stop();
         }
@@ -492,10 +515,16 @@ impl Host for Shared {
                     self.events.emit(What::WaitingFor { vm: vm(), reason });
                 }
             }
-            Report::Stalled { hva, age, .. } => {
+            Report::Stalled { hva, age } => {
                 self.events.emit(What::Stall { vm: vm(), address: hva, age: age.as_secs_f64() });
             }
-            Report::NoMemory { hva } => self.events.emit(What::NoMemory { vm: vm(), address: hva }),
+            Report::NoMemory { hva } => {
+                self.events.emit(What::NoMemory { vm: vm(), address: hva });
+                if self.draining.load(Ordering::Acquire) {
+                    let reason = "the machine has no page for it";
+                    self.events.emit(What::WaitingFor { vm: vm(), reason });
+                }
+            }
             Report::Surprise(what) => self.events.emit(What::Surprise { vm: vm(), what }),
             Report::Over(_) => {
                 if let Some(worker) = self.worker(session.id()) {

@@ -8,15 +8,21 @@ use std::time::{Duration, Instant};
 
 use crate::session::{LetGo, Scratch, Session, Sliced};
 
-/// How long population waits after the kernel refused an install.
+/// How long to wait after the kernel refused a call for now.
 const REFUSED: Duration = Duration::from_millis(1);
+/// How long population waits where there was no memory for a page.
+const STARVED: Duration = Duration::from_millis(100);
+/// How long population waits before it walks again for what it passed over: pages that were in flight just then, and given back.
+const PASSED_OVER: Duration = Duration::from_millis(250);
 
 /// Something to do that may take long.
 pub(super) enum Job {
     /// A page that is in flight.
     Read(Arc<Session>, u32),
-    /// Ranges of pages that are to come before anyone asks, and whether to try again what is left when they have been walked.
+    /// Ranges of pages that are to come before anyone asks.
     Populate(Arc<Session>, VecDeque<Range<u32>>),
+    /// All that a session is owed, from this page on; and again from the first, until nothing is owed.
+    PopulateAll(Arc<Session>, u32),
     /// A full session may go.
     Detach(Arc<Session>),
 }
@@ -68,11 +74,11 @@ impl Pool {
         self.more.notify_one();
     }
 
-    /// For what the kernel refused just now.
-    fn submit_later(&self, job: Job) {
+    /// For what cannot be done just now.
+    fn submit_later(&self, job: Job, pause: Duration) {
         let mut state = self.state();
         if !state.stop {
-            state.later.push((Instant::now() + REFUSED, job));
+            state.later.push((Instant::now() + pause, job));
         }
         drop(state);
         self.more.notify_one();
@@ -95,10 +101,11 @@ impl Pool {
                 Job::Read(session, page) => session.finish_read(page, &mut scratch),
                 Job::Detach(session) => {
                     if session.detach(&mut scratch) == LetGo::NotYet {
-                        self.submit_later(Job::Detach(session));
+                        self.submit_later(Job::Detach(session), REFUSED);
                     }
                 }
                 Job::Populate(session, ranges) => self.populate(session, ranges, &mut scratch),
+                Job::PopulateAll(session, from) => self.populate_all(session, from, &mut scratch),
             }
         }
     }
@@ -114,8 +121,24 @@ impl Pool {
                     self.submit(Job::Populate(session, ranges));
                 }
             }
-            Sliced::Wait => self.submit_later(Job::Populate(session, ranges)),
+            Sliced::Wait => self.submit_later(Job::Populate(session, ranges), REFUSED),
+            Sliced::Starved => self.submit_later(Job::Populate(session, ranges), STARVED),
             Sliced::Stopped => {}
+        }
+    }
+
+    fn populate_all(&self, session: Arc<Session>, from: u32, scratch: &mut Scratch) {
+        let mut left = from..session.layout().pages();
+        match session.populate(&mut left, scratch) {
+            Sliced::More => self.submit(Job::PopulateAll(session, left.start)),
+            Sliced::Wait => self.submit_later(Job::PopulateAll(session, left.start), REFUSED),
+            // The page is laid aside for the next walk: of a huge page the kernel does not say whether it lacks memory or is
+            // there already, and the others need not wait for that.
+            Sliced::Starved => self.submit_later(Job::PopulateAll(session, left.start + 1), STARVED),
+            Sliced::Done if session.owed() > 0 && session.end().is_none() => {
+                self.submit_later(Job::PopulateAll(session, 0), PASSED_OVER);
+            }
+            Sliced::Done | Sliced::Stopped => {}
         }
     }
 

@@ -49,9 +49,10 @@ impl Session {
     /// Reports every fault that has waited longer than the policy's limit.
     pub fn check_stalls(&self) {
         self.briefly(|core| {
-            core.waiting.stalled(Instant::now(), self.policy.stall_warning, |page, age| {
+            let hva = |page| self.layout.place(page).hva;
+            core.waiting.stalled(Instant::now(), self.policy.stall_warning, hva, |hva, age| {
                 self.stats.counters.stalls.add(1);
-                self.host.report(self, Report::Stalled { page, hva: self.layout.place(page).hva, age });
+                self.host.report(self, Report::Stalled { hva, age });
             });
         });
     }

@@ -36,17 +36,21 @@ impl Session {
                 None => return core.waiting.park(page, since),
             },
         };
-        if action.holds() {
-            core.waiting.stuck(page, since);
-        }
         let hva = self.layout.place(page).hva;
+        if action.holds() && !core.waiting.stuck(hva, since) {
+            // A VM that wakes itself up asks again and again. It has been told.
+            return;
+        }
         self.host.report(self, Report::Failed { hva, page: Some(page), reason: reason.to_owned(), action });
     }
 
-    /// A fault outside every region: nobody can say what belongs there.
-    pub(super) fn fail_stray(&self, _core: &mut Core, hva: u64) {
+    /// A fault outside every region: nobody can say what belongs there, nor how large a page to poison is. The VM is killed.
+    pub(super) fn fail_stray(&self, core: &mut Core, hva: u64, since: Instant) {
         self.stats.counters.failures.add(1);
         let action = self.kill();
+        if action.holds() && !core.waiting.stuck(hva, since) {
+            return;
+        }
         let reason = "the address is outside every region that the VM named".to_owned();
         self.host.report(self, Report::Failed { hva, page: None, reason, action });
     }

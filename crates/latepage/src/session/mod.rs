@@ -121,8 +121,6 @@ pub struct Session {
     process: Mutex<Option<PidFd>>,
     /// Pages that the guest is still owed contents for: absent or in flight.
     owed: AtomicU64,
-    /// ns since the session began, of the last fault: population keeps its slices short for a while after it.
-    last_fault: AtomicU64,
     end: OnceLock<End>,
     gate: Gate<Option<Core>>,
 }
@@ -170,7 +168,6 @@ impl Session {
             host,
             started: Instant::now(),
             process: Mutex::new(peer.process),
-            last_fault: AtomicU64::new(0),
             end: OnceLock::new(),
             gate: Gate::new(Some(Core {
                 delivery: Box::new(UffdDelivery::new(uffd)),

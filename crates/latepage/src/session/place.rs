@@ -10,7 +10,7 @@ use super::report::{End, Report};
 use super::steps::Steps;
 use super::{Core, Session};
 use crate::install::{Outcome, Stop, ZEROS};
-use crate::memory::{PageSize, PageState};
+use crate::memory::PageState;
 use crate::source::Answer;
 use crate::stats::Reason;
 
@@ -87,10 +87,7 @@ impl Session {
         let mut steps = Steps::new(run);
         while let Some(step) = steps.next() {
             let by_hand = !core.install.fill_exposes();
-            let outcome = match by_hand && unit > PageSize::Small.bytes() as usize {
-                true => Outcome { pages: 0, stopped: Some(Stop::AlreadyThere) },
-                false => core.install.zero(&self.layout, step.clone()),
-            };
+            let outcome = core.install.zero(&self.layout, step.clone());
             core.waiting.starved &= outcome.pages == 0;
             self.settle(step.start..step.start + outcome.pages, true, demand);
             if by_hand && outcome.stopped == Some(Stop::AlreadyThere) {

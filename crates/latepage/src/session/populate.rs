@@ -1,12 +1,10 @@
 //! Population: pages that are brought before anyone asks.
 //!
 //! Contents are read outside the gate, and nothing is claimed for that: a fault on the same page is served meanwhile as if
-//! population were not there. Inside the gate a slice is short while the guest is faulting, and longer while it is quiet.
+//! population were not there. It holds the gate for one short slice at a time.
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
 
 use super::answer::checked;
 use super::report::Report;
@@ -16,12 +14,8 @@ use crate::source::Answer;
 
 /// Read at a time.
 const READ: u64 = 1 << 20;
-/// Installed at a time while the guest has faulted lately: about what a wake-up costs.
-const SHORT_SLICE: u64 = 64 << 10;
-/// Installed at a time while the guest is quiet.
-const LONG_SLICE: u64 = 512 << 10;
-/// How long after a fault the guest counts as faulting.
-const LATELY: Duration = Duration::from_millis(5);
+/// Installed at a time: about what a wake-up costs, since a fault of this VM may have to wait for it. A page of 2 MiB is one slice.
+const SLICE: u64 = 64 << 10;
 
 /// What one step of population came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,6 +24,8 @@ pub enum Sliced {
     More,
     /// The kernel refuses installs for now: go on in a moment.
     Wait,
+    /// There is no memory for the next page: go on after a while.
+    Starved,
     /// The range is done.
     Done,
     /// The source failed; that has been reported.
@@ -77,16 +73,16 @@ impl Session {
         let end = first + answer.pages(unit as usize);
         let mut at = first;
         while at < end {
-            let slice = at..end.min(at + (self.slice() / unit).max(1) as u32);
+            let slice = at..end.min(at + (SLICE / unit).max(1) as u32);
             let part = answer.part(slice.start - first..slice.end - first, unit as usize);
             let stopped =
                 self.inside(scratch, |core, _| self.install_absent(core, slice.clone(), part, unit as usize));
             match stopped {
                 None => return Sliced::Done,
                 Some(None) => at = slice.end,
-                Some(Some(Stop::Busy | Stop::NoMemory)) => {
+                Some(Some(stop @ (Stop::Busy | Stop::NoMemory))) => {
                     range.start = slice.start;
-                    return Sliced::Wait;
+                    return if stop == Stop::Busy { Sliced::Wait } else { Sliced::Starved };
                 }
                 // It counts as removed now: the walk goes on behind it.
                 Some(Some(Stop::Unmapped)) => {
@@ -127,10 +123,5 @@ impl Session {
             at = end;
         }
         None
-    }
-
-    fn slice(&self) -> u64 {
-        let quiet = self.now_ns(Instant::now()).saturating_sub(self.last_fault.load(Ordering::Relaxed));
-        if quiet < LATELY.as_nanos() as u64 { SHORT_SLICE } else { LONG_SLICE }
     }
 }

@@ -92,8 +92,6 @@ pub enum Report {
     },
     /// A fault has grown older than the limit.
     Stalled {
-        /// The page, by its index in the session.
-        page: u32,
         /// Its address in the VMM.
         hva: u64,
         /// How long it has waited.

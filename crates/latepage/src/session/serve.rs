@@ -3,7 +3,6 @@
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::MutexGuard;
-use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use super::report::{End, Report};
@@ -14,6 +13,9 @@ use crate::stats::Reason;
 
 /// Batches taken from one session before its worker turns to the next.
 const BATCHES: usize = 4;
+
+/// Removed pages after which a turn ends: walking them is work, and a VM may discard all of its memory with every message.
+const REMOVALS: u32 = 4096;
 
 /// What is left to do after a session has been served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,7 +87,7 @@ impl Session {
         if self.end.get().is_some() {
             return Served::NOTHING;
         }
-        let mut more = false;
+        let (mut more, mut removed) = (false, 0u32);
         for _ in 0..BATCHES {
             self.stats.counters.reads.add(1);
             if core.delivery.take(&self.layout, &mut scratch.batch).is_err() {
@@ -96,19 +98,18 @@ impl Session {
             for at in 0..scratch.batch.removed.len() {
                 self.removed(scratch.batch.removed[at].clone(), since);
             }
-            if !scratch.batch.faults.is_empty() {
-                self.last_fault.store(self.now_ns(since), Ordering::Relaxed);
-            }
             for at in 0..scratch.batch.faults.len() {
                 let fault = scratch.batch.faults[at];
                 self.count(fault);
                 self.fault(core, &mut scratch.bytes, fault, since);
             }
             while let Some(surprise) = scratch.batch.surprises.pop() {
-                self.surprised(core, surprise);
+                self.surprised(core, surprise, since);
             }
             more = scratch.batch.more;
-            if !more {
+            let pages = scratch.batch.removed.iter().map(|pages| pages.end - pages.start).sum::<u32>();
+            removed = removed.saturating_add(pages);
+            if !more || removed > REMOVALS {
                 break;
             }
         }
@@ -170,11 +171,11 @@ impl Session {
         }
     }
 
-    fn surprised(&self, core: &mut Core, surprise: Surprise) {
+    fn surprised(&self, core: &mut Core, surprise: Surprise, since: Instant) {
         let what = surprise.to_string();
         match surprise {
             // It would wait for ever: no region says what belongs there.
-            Surprise::Stray(address) => return self.fail_stray(core, address),
+            Surprise::Stray(address) => return self.fail_stray(core, address, since),
             Surprise::Forked(child) => core.forked.push(child),
             Surprise::Moved { .. } | Surprise::Unknown(_) => {}
         }

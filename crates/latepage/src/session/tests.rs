@@ -132,7 +132,7 @@ fn a_fault_that_is_tried_again_and_again_is_told_once_too() {
     let mut told = 0;
     for second in 1..10 {
         let then = now + Duration::from_secs(second);
-        room.stalled(then, Duration::from_secs(3), |_, _| told += 1);
+        room.stalled(then, Duration::from_secs(3), u64::from, |_, _| told += 1);
         assert_eq!(room.begin_round(then), 1);
         let waiting = room.next_parked().unwrap();
         room.park(waiting.page, waiting.since);
@@ -144,7 +144,7 @@ fn a_fault_that_is_tried_again_and_again_is_told_once_too() {
     room.next_parked().unwrap();
     room.end_round();
     room.park(1, now + Duration::from_secs(20));
-    room.stalled(now + Duration::from_secs(30), Duration::from_secs(3), |_, _| told += 1);
+    room.stalled(now + Duration::from_secs(30), Duration::from_secs(3), u64::from, |_, _| told += 1);
     assert_eq!(told, 2);
 }
 
@@ -155,11 +155,14 @@ fn a_fault_that_waits_too_long_is_told_once_wherever_it_waits() {
     let mut room = WaitingRoom::new(4);
     room.park(1, now);
     room.ticket(2, now);
-    room.stuck(3, now);
+    assert!(room.stuck(3, now));
+    assert!(!room.stuck(3, now + limit), "it waits there already");
     room.park(4, now + limit);
     let mut told = Vec::new();
     for after in [4, 5, 6] {
-        room.stalled(now + Duration::from_secs(after), limit, |page, age| told.push((page, age.as_secs())));
+        room.stalled(now + Duration::from_secs(after), limit, u64::from, |hva, age| {
+            told.push((hva, age.as_secs()))
+        });
     }
     assert_eq!(told, [(1, 5), (2, 5), (3, 5)]);
     assert_eq!(room.redeem(2).map(|waiting| waiting.page), Some(2));

@@ -16,14 +16,22 @@ pub(super) struct Waiting {
     pub(super) reported: bool,
 }
 
+/// A fault that nothing will resolve, by its address in the VMM: it may be outside every region.
+#[derive(Clone, Copy, Debug)]
+struct Stuck {
+    hva: u64,
+    since: Instant,
+    reported: bool,
+}
+
 /// Everything that waits in one session.
 pub(super) struct WaitingRoom {
     /// To be tried again on a timer; nobody has claimed their pages.
     parked: VecDeque<Waiting>,
     /// Out with an I/O thread; their pages are in flight.
     tickets: Vec<Waiting>,
-    /// Failed, and the VM could not be killed: they are reported until someone does something.
-    stuck: Vec<Waiting>,
+    /// Failed, and the VM could not be killed: they wait until someone does that.
+    stuck: Vec<Stuck>,
     /// The parked one that is being tried: should it have to wait again, it has been reported, or not.
     trying: Option<Waiting>,
     pause: Duration,
@@ -101,8 +109,13 @@ impl WaitingRoom {
         Some(self.tickets.swap_remove(at))
     }
 
-    pub(super) fn stuck(&mut self, page: u32, since: Instant) {
-        self.stuck.push(self.waiting(page, since));
+    /// Keeps a fault that nothing will resolve. Returns whether it is the first there.
+    pub(super) fn stuck(&mut self, hva: u64, since: Instant) -> bool {
+        let first = self.stuck.iter().all(|stuck| stuck.hva != hva);
+        if first {
+            self.stuck.push(Stuck { hva, since, reported: false });
+        }
+        first
     }
 
     fn waiting(&self, page: u32, since: Instant) -> Waiting {
@@ -120,14 +133,21 @@ impl WaitingRoom {
         !self.stuck.is_empty()
     }
 
-    /// Every fault that has grown older than `limit` and has not been reported yet.
-    pub(super) fn stalled(&mut self, now: Instant, limit: Duration, mut report: impl FnMut(u32, Duration)) {
-        let all = self.parked.iter_mut().chain(&mut self.tickets).chain(&mut self.stuck);
-        for waiting in all.filter(|waiting| !waiting.reported) {
-            let age = now.saturating_duration_since(waiting.since);
-            if age >= limit {
-                waiting.reported = true;
-                report(waiting.page, age);
+    /// Every fault that has grown older than `limit` and has not been reported yet: its address and age. `hva` gives a page's.
+    pub(super) fn stalled(
+        &mut self,
+        now: Instant,
+        limit: Duration,
+        hva: impl Fn(u32) -> u64,
+        mut report: impl FnMut(u64, Duration),
+    ) {
+        let served = self.parked.iter_mut().chain(&mut self.tickets);
+        let served = served.map(|waiting| (hva(waiting.page), waiting.since, &mut waiting.reported));
+        let stuck = self.stuck.iter_mut().map(|stuck| (stuck.hva, stuck.since, &mut stuck.reported));
+        for (hva, since, reported) in served.chain(stuck) {
+            let age = now.saturating_duration_since(since);
+            if age >= limit && !std::mem::replace(reported, true) {
+                report(hva, age);
             }
         }
     }

@@ -8,6 +8,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 
+use super::memfd;
+
 /// Mappings start at a multiple of this, so that a 2 MiB page of guest memory is one of the host's too.
 const ALIGNMENT: usize = 2 << 20;
 
@@ -109,6 +111,13 @@ impl Mapping {
         file: Option<(BorrowedFd<'_>, u64)>,
     ) -> Result<Self, MapError> {
         let failed = |errno| MapError { call, length, errno };
+        // Huge pages are mapped whole: the kernel would round the length up, and past what was reserved for it.
+        let huge = flags.contains(MapFlags::HUGETLB);
+        if huge && !length.is_multiple_of(ALIGNMENT)
+            || file.is_some_and(|(file, _)| memfd::is_huge(file) != Ok(false))
+        {
+            return Err(failed(Errno::INVAL));
+        }
         let whole = length.checked_add(ALIGNMENT).filter(|_| length > 0).ok_or(failed(Errno::INVAL))?;
         // SAFETY: no address is given, so nothing that exists is mapped over.
         let reserved = unsafe {

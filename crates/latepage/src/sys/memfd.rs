@@ -25,6 +25,9 @@ pub enum NotSealed {
     /// It has seals, but too few.
     #[error("it can still be shrunk: add F_SEAL_SHRINK and F_SEAL_SEAL before sending it")]
     Missing,
+    /// Its pages are huge ones: writing where the pool has none is a SIGBUS, and mapping it rounds up to them.
+    #[error("it is made of huge pages: huge pages are copied in, leave \"memory\" out of the descriptors")]
+    HugePages,
     /// It is too short.
     #[error("it has {length} bytes and the regions need {needed}")]
     Short {
@@ -44,9 +47,22 @@ pub fn check_sealed(file: BorrowedFd<'_>, needed: u64) -> Result<(), NotSealed> 
     if !seals.contains(SealFlags::SHRINK | SealFlags::SEAL) {
         return Err(NotSealed::Missing);
     }
+    if is_huge(file).map_err(NotSealed::NotMemory)? {
+        return Err(NotSealed::HugePages);
+    }
     let length = rustix::fs::fstat(file).map_err(NotSealed::NotMemory)?.st_size as u64;
     if length < needed {
         return Err(NotSealed::Short { length, needed });
     }
     Ok(())
+}
+
+/// Whether a file lies on hugetlbfs, as one made with MFD_HUGETLB does.
+///
+/// # Errors
+/// The errno of fstatfs(2).
+pub fn is_huge(file: BorrowedFd<'_>) -> Result<bool, Errno> {
+    /// `HUGETLBFS_MAGIC` of `linux/magic.h`.
+    const HUGETLBFS_MAGIC: u32 = 0x9584_58f6;
+    Ok(rustix::fs::fstatfs(file)?.f_type as u32 == HUGETLBFS_MAGIC)
 }

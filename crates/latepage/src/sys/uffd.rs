@@ -474,18 +474,27 @@ impl Userfaultfd {
         self.memory() != OwnersMemory::Gone
     }
 
+    fn polls_an_error(&self) -> bool {
+        use rustix::event::{PollFd, PollFlags, Timespec};
+        let mut polled = [PollFd::new(&self.fd, PollFlags::IN)];
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        rustix::event::poll(&mut polled, Some(&now)).is_ok() && polled[0].revents().contains(PollFlags::ERR)
+    }
+
     /// What has become of the memory behind it. Nothing is changed by asking.
     ///
     /// The kernel tells a discard that is under way (EAGAIN), then a dead owner (ESRCH), before it looks at the range, and a
     /// range that nobody can have registered (ENOENT) only after them.
     pub fn memory(&self) -> OwnersMemory {
-        // The first page of an address space is never mapped (vm.mmap_min_addr); even if it were, it is not registered.
-        const NOBODYS_PAGE: u64 = 4096;
+        // Nobody has guest memory there. Below vm.mmap_min_addr, 64 KiB as a rule, older kernels say EINVAL before all else.
+        const NOBODYS_PAGE: u64 = 1 << 20;
+        const { assert!(NOBODYS_PAGE >= 64 << 10) };
         static PAGE: [u8; 4096] = [0; 4096];
         let probe = self.copy(NOBODYS_PAGE, &PAGE, InstallMode::DONTWAKE);
         match probe.stopped {
-            // EINVAL: UFFDIO_API was never done, so that no range can be registered.
-            Some(Errno::SRCH | Errno::INVAL) => OwnersMemory::Gone,
+            Some(Errno::SRCH) => OwnersMemory::Gone,
+            // UFFDIO_API was never done, so that no range can be registered: then, and only then, it also polls an error.
+            Some(Errno::INVAL) if self.polls_an_error() => OwnersMemory::Gone,
             Some(Errno::AGAIN) => OwnersMemory::Changing,
             _ => OwnersMemory::There,
         }
