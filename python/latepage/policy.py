@@ -31,8 +31,8 @@ class Policy:
     Attributes:
         populate: whether memory is supplied ahead of its faults.
         on_missing: what happens when a page cannot be had.
-        fault_around: bytes that are supplied around a touched page, where they lie together in the source; one page's
-            size or less supplies that page only.
+        fault_around: bytes that are supplied around a touched page, where they lie together in the source: a multiple
+            of 4 KiB, which supplies that page only.
         mode: permissions of the socket's file.
         allow_uids: users whose VMs are served; empty for everyone whom `mode` lets in.
         stall_warning: seconds after which a fault that still waits is reported.
@@ -60,14 +60,15 @@ class Policy:
         for name in ("stall_warning", "handshake_timeout"):
             if not 0 < getattr(self, name) <= 86_400:
                 raise PolicyError(f"{name} is {getattr(self, name)}: give seconds above zero")
-        if not 0 <= self.fault_around <= 1 << 30:
+        if not PAGE <= self.fault_around <= 1 << 30 or self.fault_around % PAGE:
             raise PolicyError(
-                f"fault_around is {self.fault_around}: give bytes, from {format_size(PAGE)} (only the page) to 1 GiB"
+                f"fault_around is {self.fault_around}: give a multiple of {format_size(PAGE)}, "
+                f"from {format_size(PAGE)} (only the page) to 1 GiB"
             )
         if not 0 <= self.trace <= 1 << 30:
             raise PolicyError(f"trace is {self.trace}: give a number of entries, from 0 (none) to 2^30")
         if not 0 <= self.mode <= 0o777:
-            raise PolicyError(f"mode is {self.mode:#o}: give the permissions of a file, as in 0o660")
+            raise PolicyError(f"mode is {self.mode:#o}: give the permissions of a file, as in 0660")
         if any(uid < 0 or uid >= 1 << 32 for uid in self.allow_uids):
             raise PolicyError("allow_uids has a number that is no user's id")
 

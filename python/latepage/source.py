@@ -49,6 +49,8 @@ def open_source(reference: str | os.PathLike[str]) -> Source:
         SourceError: it is missing, unreadable, empty, or no regular file.
     """
     path = os.fspath(reference)
+    if not path:
+        raise SourceError("a source is the path of a memory file, and this one is empty; name the file")
     kind, colon, _ = path.partition(":")
     if colon and kind in ("image", "peer"):
         raise SourceError(f"{path}: a source is the path of a memory file; {kind}: is not known to this version")

@@ -48,4 +48,45 @@ def test_a_policy_that_makes_no_sense_ends_with_2_and_says_what_would(flag: tupl
     (tmp_path / "guest.mem").write_bytes(bytes(4096))
     said = run("serve", str(tmp_path / "pager.sock"), str(tmp_path / "guest.mem"), *flag)
     assert said.returncode == 2
-    assert "latepage:" in said.stderr
+    assert f"latepage: {flag[0]} is " in said.stderr
+
+
+VM = ("run", "restore", "save", "pause", "resume", "discard", "job", "stop", "compare", "report", "quit")
+
+
+@pytest.mark.parametrize("command", [("serve",), ("demo",), ("vm",), *(("vm", name) for name in VM)], ids=" ".join)
+def test_every_command_has_help(command: tuple[str, ...]) -> None:
+    assert run(*command, "--help").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("demo", "--memory", "1"), "multiple of 2MiB"),
+        (("demo", "--output", "{}/file"), "file is no folder"),
+        (("vm", "run", "--save", "{}/x", "{}/x"), "must be two files"),
+        (("vm", "run", "--save", "{}/x", "{}/none/y"), "make it first"),
+        (("vm", "run", "--fill", "-3"), "--fill is -3"),
+        (("vm", "restore", "{}/x", "--read", "{}/y", "--handshake", "firecracker"), "with --pager only"),
+        (("serve", "{}/pager.sock", "{}/file", "--fault-around", "3"), "multiple of 4 KiB"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
+)
+def test_what_cannot_work_is_refused_before_anything_is_made(arguments: tuple[str, ...], says: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(4096))
+    said = run(*(argument.replace("{}", str(tmp_path)) for argument in arguments))
+    assert said.returncode == 2
+    assert says in said.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_an_empty_source_is_named_for_what_it_is() -> None:
+    assert "path of a memory file" in run("serve", "pager.sock", "").stderr
+
+
+def test_a_restore_says_which_file_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "state").touch()
+    missing = run("vm", "restore", str(tmp_path / "none"), "--map", str(tmp_path / "state"))
+    assert (missing.returncode, "no state file" in missing.stderr) == (1, True)
+    missing = run("vm", "restore", str(tmp_path / "state"), "--map", str(tmp_path / "none"))
+    assert (missing.returncode, "no memory file" in missing.stderr) == (1, True)

@@ -28,6 +28,8 @@ def test_every_field_is_a_flag_of_serve_with_the_same_default() -> None:
         ("stall_warning", float("nan"), "seconds above zero"),
         ("fault_around", -1, "to 1 GiB"),
         ("fault_around", 2 << 30, "to 1 GiB"),
+        ("fault_around", 0, "multiple of 4 KiB"),
+        ("fault_around", 4097, "multiple of 4 KiB"),
         ("mode", 0o7777, "permissions of a file"),
         ("allow_uids", {-2}, "no user's id"),
         ("trace", -1, "number of entries"),

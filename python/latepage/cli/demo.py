@@ -96,8 +96,11 @@ def demo(
         output: a folder for the picture (demo.png) and the figures (demo.json).
         json: print the figures as JSON instead of a table.
     """
+    wrong = _misunderstood(memory, output)
+    if wrong is not None:
+        print(f"latepage demo: {wrong}", file=sys.stderr)
+        return 2
     began = time.monotonic()
-    output.mkdir(parents=True, exist_ok=True)
     # Standard output is for the result alone.
     console = Console(stderr=True)
     shown = Progress(
@@ -113,6 +116,7 @@ def demo(
         ]
         ours, trace, shift = _through_latepage(folder, _bar(shown, "restore: through latepage serve"))
     ways.append(ours)
+    output.mkdir(parents=True, exist_ok=True)
     picture = _draw(ways, trace, shift, memory, output / "demo.png", console)
     result = Demo(memory, ways, time.monotonic() - began, picture)
     figures = jsonlib.dumps(asdict(result), indent=2)
@@ -122,6 +126,16 @@ def demo(
     else:
         _table(result)
     return 1 if any(way.wrong_pages for way in ways) else 0
+
+
+def _misunderstood(memory: int, output: Path) -> str | None:
+    """What is wrong with the flags, if anything is."""
+    if memory < 4 << 20 or memory % (2 << 20):
+        return f"--memory is {memory} bytes: give a multiple of 2MiB, at least 4MiB"
+    for path in (output, *output.parents):
+        if path.exists():
+            return None if path.is_dir() else f"--output {output}: {path} is no folder; name a folder, or one to be made"
+    return None
 
 
 Show = Callable[[float], None]

@@ -5,13 +5,14 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 
 from latepage.cli.rights import lacking
 from latepage.cli.signals import Signals
 from latepage.cli.sizes import Mode, Size
+from latepage.errors import ListenError, PolicyError
 from latepage.events import Drained, Event
 from latepage.memory import PAGE
 from latepage.pager import Pager
@@ -26,7 +27,8 @@ app = App(
     name="serve",
     help_epilogue="Any number of VMs may connect, by Firecracker's page-fault handshake or by latepage's own. SIGTERM or Ctrl-C "
     "drains: no new VM is taken, those that live get all that they lack, and the command ends with 0 when none needs it any "
-    "more. A second one treats the VMs that still lack memory as --on-missing says, names them, and ends with 1.",
+    "more. A second one treats the VMs that still lack memory as --on-missing says, names all that are "
+    "left without a pager, and ends with 1.",
 )
 
 
@@ -65,7 +67,9 @@ def serve(
         json: write events to standard output as lines of JSON, on a terminal too.
     """
     memory = open_source(source)
-    policy = Policy(
+    if not socket.parent.is_dir():
+        raise ListenError(f"socket {socket}: there is no folder {socket.parent}; make it first", call="bind")
+    policy = _policy(
         populate=populate,
         on_missing=on_missing,
         fault_around=fault_around,
@@ -102,8 +106,21 @@ def serve(
                 watchers.append(shown.watch)
             left = run(pager, signals, watchers, None if shown is None else shown.refresh)
     for name in left or ():
-        print(f"latepage serve: {name} still lacked memory ({on_missing})", file=sys.stderr)
+        print(
+            f"latepage: {name}: left without a pager: it was treated as --on-missing says, or its memory must stay registered "
+            "and its next discard would wait for ever; end it",
+            file=sys.stderr,
+        )
     return 0 if left is None else 1
+
+
+def _policy(**fields: Any) -> Policy:
+    """A policy from flags: what is wrong with it names the flag, not the field."""
+    try:
+        return Policy(**fields)
+    except PolicyError as error:
+        field, _, rest = str(error).partition(" ")
+        raise PolicyError(f"--{field.removesuffix('s').replace('_', '-')} {rest}") from None
 
 
 def run(
@@ -115,7 +132,7 @@ def run(
     """Serves until the pager is drained or a second signal arrives.
 
     Returns:
-        None when drained; else the VMs that still lacked memory.
+        None when drained; else the VMs that are left without a pager: they lacked memory, or theirs must stay registered.
     """
     poll = select.poll()
     poll.register(pager, select.POLLIN)

@@ -21,7 +21,11 @@ def _mode(_type: object, tokens: Sequence[Token]) -> int:
         raise ValueError(f"{tokens[0].value!r} is no file mode: write it in octal, as in 0660") from None
 
 
-Size = Annotated[int, Parameter(converter=_size, show_default=lambda size: format_size(size).replace(" ", ""))]
+def _shown(size: int | None) -> str:
+    return "None" if size is None else format_size(size).replace(" ", "")
+
+
+Size = Annotated[int, Parameter(converter=_size, show_default=_shown)]
 """Bytes, written like 64KiB."""
 
 Mode = Annotated[int, Parameter(converter=_mode, show_default=lambda mode: f"{mode:04o}")]

@@ -67,6 +67,9 @@ def run(
         "split": split,
         "guest": guest,
     }
+    if fill is not None and not 0 <= fill < 1 << 64:
+        print(f"latepage vm: --fill is {fill}: give a seed from 0 to 2^64 - 1", file=sys.stderr)
+        return 2
     jobs = () if fill is None else (Job("fill", seed=fill),)
     return _live(config, jobs, verify, compare, save, api_sock, json)
 
@@ -79,7 +82,7 @@ def restore(
     read: Path | None = None,
     map: Path | None = None,  # noqa: A002 (the flag's name)
     pager: Path | None = None,
-    handshake: Handshake = "latepage",
+    handshake: Handshake | None = None,
     send_memory: bool | None = None,
     backing: Backing | None = None,
     guest: Guest = "auto",
@@ -100,7 +103,7 @@ def restore(
         read: read this memory file in before the guest starts.
         map: map this memory file; the kernel brings pages when they are touched.
         pager: have the pager at this socket bring the memory.
-        handshake: the form in which the VM introduces itself to the pager.
+        handshake: the form in which the VM introduces itself to the pager; latepage if not given.
         send_memory: send the memfd of shared or private memory with it, so that the pager fills it through its own view;
             by default for shared memory.
         backing: what the memory is made of; by default what it was.
@@ -120,17 +123,24 @@ def restore(
         "guest": guest,
         "paused": paused,
     }
+    if pager is None and handshake is not None:
+        print("latepage vm restore: --handshake goes with --pager only", file=sys.stderr)
+        return 2
     match read, map, pager:
         case Path(), None, None:
             config["memory"] = {"from": "read", "memory_file": str(read)}
         case None, Path(), None:
             config["memory"] = {"from": "map", "memory_file": str(map)}
         case None, None, Path():
-            way = {"handshake": handshake, "send_memory": send_memory}
+            way = {"handshake": handshake or "latepage", "send_memory": send_memory}
             config["memory"] = {"from": "pager", "socket": str(pager), **way}
         case _:
             print("latepage vm restore: give exactly one of --read, --map and --pager", file=sys.stderr)
             return 2
+    for what, path in (("state", state), ("memory", read or map)):
+        if path is not None and not path.exists():
+            print(f"latepage vm restore: there is no {what} file {path}; check the path, or save a VM first", file=sys.stderr)
+            return 1
     return _live(config, (), verify, compare, save, api_sock, json)
 
 
@@ -307,6 +317,10 @@ def _live(
     api_sock: Path | None,
     json: bool,
 ) -> int:
+    wrong = None if save is None else _unsavable(*save)
+    if wrong is not None:
+        print(f"latepage vm: {wrong}", file=sys.stderr)
+        return 2
     if verify is not None:
         jobs = (*jobs, Job("verify", order=verify))
     life = Life(
@@ -321,6 +335,18 @@ def _live(
     except ConfigError as error:
         print(f"latepage vm: {error}", file=sys.stderr)
         return 2
+
+
+def _unsavable(state: Path, memory: Path) -> str | None:
+    """Why a VM cannot be saved to these two, as far as it can be known before it has worked."""
+    if state.resolve() == memory.resolve():
+        return f"--save {state} {memory}: the state file and the memory file must be two files"
+    for path in (state, memory):
+        if path.is_dir():
+            return f"--save {path}: it is a folder; name a file"
+        if not path.parent.is_dir():
+            return f"--save {path}: there is no folder {path.parent}; make it first"
+    return None
 
 
 def _tell_json(event: dict[str, Any]) -> None:

@@ -8,8 +8,10 @@ import select
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -50,7 +52,83 @@ class _Outcome:
     wrong: bool = False
     error: str | None = None
     over: bool = False
-    steps: deque[Callable[[], None]] = field(default_factory=deque)
+
+
+class _Steps:
+    """What a VM does by itself, on a thread of its own since each step may wait. What it tells is told by the main thread."""
+
+    def __init__(self, life: Life, vm: Vm, outcome: _Outcome) -> None:
+        self._vm = vm
+        self._outcome = outcome
+        self._told: deque[dict[str, Any] | None] = deque()
+        self._read, self._write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._steps: deque[Callable[[], None]] = deque()
+        # A restored VM may be in the middle of a job.
+        self._steps.append(self._settle)
+        self._steps.extend(partial(self._run, job) for job in life.jobs)
+        if life.compare:
+            self._steps.append(self._compare)
+        if life.save:
+            self._steps.append(partial(self._save, *life.save))
+        self._thread = threading.Thread(target=self._work, name="steps", daemon=True)
+        self._thread.start()
+
+    def fileno(self) -> int:
+        """Readable while something waits to be taken."""
+        return self._read
+
+    def take(self) -> Iterator[dict[str, Any] | None]:
+        """What there is to tell; None when all steps are over."""
+        with suppress(BlockingIOError):
+            os.read(self._read, 64)
+        while self._told:
+            yield self._told.popleft()
+
+    def drop(self) -> None:
+        """No further step."""
+        self._steps.clear()
+
+    def join(self) -> None:
+        """Waits for the thread, unless it waits in the kernel for a page: then only the end of the process helps."""
+        self._thread.join(timeout=1)
+        if not self._thread.is_alive():
+            os.close(self._read)
+            os.close(self._write)
+
+    def _tell(self, told: dict[str, Any] | None) -> None:
+        self._told.append(told)
+        # A full pipe is readable already.
+        with suppress(BlockingIOError):
+            os.write(self._write, b"x")
+
+    def _work(self) -> None:
+        try:
+            while self._steps:
+                self._steps.popleft()()
+        except GuestError as error:
+            # What is refused because the VM is being ended is no error.
+            if not self._outcome.over:
+                self._outcome.error = self._outcome.error or str(error)
+        except IndexError:
+            pass  # dropped between the look and the step
+        finally:
+            self._tell(None)
+
+    def _settle(self) -> None:
+        self._vm.request("wait", timeout=None)
+
+    def _run(self, job: Job) -> None:
+        self._vm.run(job)
+        self._vm.request("wait", timeout=None)
+
+    def _compare(self) -> None:
+        result = self._vm.request("compare")
+        self._outcome.wrong |= bool(result["wrong_pages"] or result["wrong_system"])
+        self._tell({"event": "compared", **result})
+
+    def _save(self, state_file: str, memory_file: str) -> None:
+        saved = self._vm.save(state_file, memory_file)
+        self._tell({"event": "saved", "state_file": state_file, "memory_file": memory_file, **vars(saved)})
 
 
 def live(life: Life, tell: Tell) -> int:
@@ -74,60 +152,17 @@ def live(life: Life, tell: Tell) -> int:
         kept = ("pid", "guest", "backing", "vcpus", "memory", "pages", "origin_monotonic_ns", "ready_ns")
         say("started", **{key: report[key] for key in kept}, api_sock=life.api_sock)
         outcome = _Outcome()
-        _plan(life, vm, outcome, say)
         _attend(life, vm, signals, outcome, say)
         say("ended", error=outcome.error)
         return 1 if outcome.wrong or outcome.error else 0
 
 
-def _plan(life: Life, vm: Vm, outcome: _Outcome, say: Callable[..., None]) -> None:
-    """The steps of a life. Each may wait, and so runs on a thread of its own."""
-
-    def compare() -> None:
-        result = vm.request("compare")
-        outcome.wrong |= bool(result["wrong_pages"] or result["wrong_system"])
-        say("compared", **result)
-
-    def save() -> None:
-        state_file, memory_file = life.save or ("", "")
-        say("saved", state_file=state_file, memory_file=memory_file, **vars(vm.save(state_file, memory_file)))
-
-    def settle() -> None:
-        # A restored VM may be in the middle of a job.
-        vm.request("wait", timeout=None)
-
-    def run(job: Job) -> None:
-        vm.run(job)
-        vm.request("wait", timeout=None)
-
-    outcome.steps.append(settle)
-    outcome.steps.extend(lambda job=job: run(job) for job in life.jobs)  # type: ignore[misc]
-    if life.compare:
-        outcome.steps.append(compare)
-    if life.save:
-        outcome.steps.append(save)
-
-
 def _attend(life: Life, vm: Vm, signals: "_Signals", outcome: _Outcome, say: Callable[..., None]) -> None:
     """Passes events on while the steps are done, until the end."""
-    over, steps_over = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-
-    def work() -> None:
-        try:
-            while outcome.steps:
-                outcome.steps.popleft()()
-        except GuestError as error:
-            # What is refused because the VM is being ended is no error.
-            if not outcome.over:
-                outcome.error = outcome.error or str(error)
-        finally:
-            os.write(steps_over, b"x")
-
-    worker = threading.Thread(target=work, name="steps", daemon=True)
-    worker.start()
+    steps = _Steps(life, vm, outcome)
     stay = life.stay or life.api_sock is not None
     poll = select.poll()
-    for descriptor in (vm.fileno(), signals.fileno(), over):
+    for descriptor in (vm, signals, steps):
         poll.register(descriptor, select.POLLIN)
     try:
         while True:
@@ -135,21 +170,22 @@ def _attend(life: Life, vm: Vm, signals: "_Signals", outcome: _Outcome, say: Cal
             if signals.fileno() in ready:
                 say("signalled")
                 break
-            # The steps' last events are there before their end is seen.
+            # First the guest's events: a step's word comes after those of the jobs before it.
             if not _pass_on(vm, outcome, say):
                 break
-            if over in ready:
-                poll.unregister(over)
+            told = list(steps.take()) if steps.fileno() in ready else []
+            for event in told:
+                if event is not None:
+                    say(event.pop("event"), **event)
+            if None in told:
                 if outcome.error is not None or not stay:
                     break
                 say("idle")
     finally:
         outcome.over = True
-        outcome.steps.clear()
+        steps.drop()
         vm.close()
-        # It may wait in the kernel for a page that nobody brings; only the end of the process helps then.
-        worker.join(timeout=1)
-        os.close(over)
+        steps.join()
 
 
 def _pass_on(vm: Vm, outcome: _Outcome, say: Callable[..., None]) -> bool:

@@ -5,9 +5,8 @@
 //! other, session by session. Whoever may wait (population, an I/O thread) holds the gate for one short slice; a worker that
 //! finds it held leaves a mark, and the holder serves the faults before it goes.
 
-use std::sync::{PoisonError, TryLockError};
-
-use crate::memory::atomic::{AtomicBool, Mutex, MutexGuard, Ordering, fence};
+use std::sync::atomic::{AtomicBool, Ordering, fence};
+use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 
 pub(super) struct Gate<T> {
     inside: Mutex<T>,
@@ -68,76 +67,5 @@ impl<T> Gate<T> {
         // Whoever holds it now sees the mark when he leaves.
         let guard = self.attempt()?;
         Some(guard)
-    }
-}
-
-/// Every interleaving of a worker that comes while another thread holds the gate.
-#[cfg(all(test, loom))]
-mod races {
-    use loom::sync::Arc;
-    use loom::sync::atomic::AtomicUsize;
-    use loom::thread;
-
-    use super::*;
-
-    /// Serves what waits, as a session does, for whoever has the gate.
-    fn serve_and_leave<'a>(gate: &'a Gate<usize>, mut guard: MutexGuard<'a, usize>, waiting: &AtomicUsize) {
-        loop {
-            *guard += waiting.swap(0, Ordering::Relaxed);
-            match gate.leave(guard) {
-                Some(again) => guard = again,
-                None => return,
-            }
-            gate.take_wanted();
-        }
-    }
-
-    fn worker(gate: &Gate<usize>, waiting: &AtomicUsize) {
-        waiting.fetch_add(1, Ordering::Relaxed);
-        if let Some(guard) = gate.try_enter() {
-            serve_and_leave(gate, guard, waiting);
-        }
-    }
-
-    /// One slice of population: it serves only if it was asked to.
-    fn populator(gate: &Gate<usize>, waiting: &AtomicUsize) {
-        let guard = gate.enter();
-        if gate.take_wanted() {
-            return serve_and_leave(gate, guard, waiting);
-        }
-        if let Some(again) = gate.leave(guard) {
-            gate.take_wanted();
-            serve_and_leave(gate, again, waiting);
-        }
-    }
-
-    fn explore(populators: usize, faults: usize) {
-        loom::model(move || {
-            let gate = Arc::new(Gate::new(0));
-            let waiting = Arc::new(AtomicUsize::new(0));
-            let holders: Vec<_> = (0..populators)
-                .map(|_| {
-                    let (gate, waiting) = (Arc::clone(&gate), Arc::clone(&waiting));
-                    thread::spawn(move || populator(&gate, &waiting))
-                })
-                .collect();
-            for _ in 0..faults {
-                worker(&gate, &waiting);
-            }
-            for holder in holders {
-                holder.join().unwrap();
-            }
-            assert_eq!((*gate.enter(), waiting.load(Ordering::Relaxed)), (faults, 0));
-        });
-    }
-
-    #[test]
-    fn loom_a_fault_that_finds_the_gate_held_is_served_by_its_holder() {
-        explore(1, 2);
-    }
-
-    #[test]
-    fn loom_a_fault_that_meets_two_holders_is_served_by_one_of_them() {
-        explore(2, 1);
     }
 }
