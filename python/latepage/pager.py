@@ -104,7 +104,8 @@ class Pager:
         """Ends all sessions. VMs that still lack memory are treated as their policy's `on_missing` says.
 
         Returns:
-            The names of those VMs.
+            The names of those VMs, and of those that have all their memory but cannot be let go: their next discard waits for
+            ever. The event `Left` tells of each.
         """
         return self._native.close()
 
