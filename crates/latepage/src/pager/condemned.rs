@@ -26,8 +26,9 @@ pub(super) fn sentence(on_missing: OnMissing, pid: Option<u32>, process: Option<
         OnMissing::Kill if pid == Some(std::process::id()) => Action::HeldSelf,
         OnMissing::Kill => match process.map(PidFd::kill) {
             Some(Ok(()) | Err(Errno::SRCH)) => Action::Killed,
+            // EINVAL: it lives in a pid namespace that cannot be seen from here.
+            Some(Err(Errno::INVAL)) | None => Action::HeldUnseen,
             Some(Err(errno)) => Action::Held(errno),
-            None => Action::HeldUnseen,
         },
     }
 }

@@ -31,6 +31,10 @@ impl Session {
             if core.install.is_changing() {
                 return LetGo::NotYet;
             }
+            // UNREGISTER does not wake everyone who faults at that moment (seen on 6.18), and what was just read is told nobody.
+            for region in 0..self.layout.regions().len() {
+                core.delivery.release(&self.layout, self.layout.region_pages(region));
+            }
             self.finish(End::Detached);
             LetGo::Done
         })

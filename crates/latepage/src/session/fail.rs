@@ -63,8 +63,9 @@ impl Session {
         match self.with_process(PidFd::kill) {
             // A process that has ended is as good as killed.
             Some(Ok(()) | Err(Errno::SRCH)) => Action::Killed,
+            // EINVAL: it lives in a pid namespace that cannot be seen from here.
+            Some(Err(Errno::INVAL)) | None => Action::HeldUnseen,
             Some(Err(errno)) => Action::Held(errno),
-            None => Action::HeldUnseen,
         }
     }
 

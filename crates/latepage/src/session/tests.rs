@@ -474,8 +474,12 @@ fn a_vm_is_let_go_only_when_nothing_is_owed_and_no_discard_is_under_way() {
     staged.stops.lock().unwrap().push_back(Stop::Busy);
     assert_eq!(session.detach(&mut staged.scratch), LetGo::NotYet);
     assert_eq!(session.end(), None);
+    staged.told();
     assert_eq!(session.detach(&mut staged.scratch), LetGo::Done);
     assert_eq!(session.end(), Some(End::Detached));
+    // UNREGISTER leaves some asleep who fault at that moment: everyone is woken after it.
+    let told = staged.told();
+    assert_eq!(told[..2], ["detach", "release 0..8"], "{told:?}");
 }
 
 #[test]
