@@ -13,9 +13,8 @@ def main(socket: str, source: str) -> None:
         pager.listen(socket, open_source(source), Policy(stall_warning=0.1, fault_around=4096, mode=0o666))
         # One write each: the engine writes its lines to the same pipe.
         os.write(1, b'{"event": "busy"}\n')
-        # As long as usleep(3) would, but for exactly as long as the test needs.
+        # A call that keeps the GIL for exactly as long as the test needs.
         libc.read(0, ctypes.create_string_buffer(1), 1)
-        libc.usleep(1)
         os.write(1, b'{"event": "free"}\n')
         sys.stdin.read()
 

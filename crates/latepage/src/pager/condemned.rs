@@ -23,13 +23,7 @@ pub(super) struct Condemned {
 pub(super) fn sentence(on_missing: OnMissing, pid: Option<u32>, process: Option<&PidFd>) -> Action {
     match on_missing {
         OnMissing::Poison => Action::Poisoned,
-        OnMissing::Kill if pid == Some(std::process::id()) => Action::HeldSelf,
-        OnMissing::Kill => match process.map(PidFd::kill) {
-            Some(Ok(()) | Err(Errno::SRCH)) => Action::Killed,
-            // EINVAL: it lives in a pid namespace that cannot be seen from here.
-            Some(Err(Errno::INVAL)) | None => Action::HeldUnseen,
-            Some(Err(errno)) => Action::Held(errno),
-        },
+        OnMissing::Kill => Action::by_killing(pid, process),
     }
 }
 

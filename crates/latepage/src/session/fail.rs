@@ -1,17 +1,14 @@
 //! What cannot be had: the VM is killed, or the page poisoned, or it is held and reported. Never a zero page.
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::Instant;
-
-use rustix::io::Errno;
 
 use super::policy::OnMissing;
 use super::report::{Action, Report};
 use super::{Core, Scratch, Session};
 use crate::install::Stop;
 use crate::memory::PageState;
-use crate::sys::pidfd::PidFd;
 
 impl Session {
     /// A page that someone waits for cannot be had.
@@ -57,16 +54,7 @@ impl Session {
 
     /// Kills the VM.
     pub fn kill(&self) -> Action {
-        if self.pid == Some(std::process::id()) {
-            return Action::HeldSelf;
-        }
-        match self.with_process(PidFd::kill) {
-            // A process that has ended is as good as killed.
-            Some(Ok(()) | Err(Errno::SRCH)) => Action::Killed,
-            // EINVAL: it lives in a pid namespace that cannot be seen from here.
-            Some(Err(Errno::INVAL)) | None => Action::HeldUnseen,
-            Some(Err(errno)) => Action::Held(errno),
-        }
+        Action::by_killing(self.pid, self.process.lock().unwrap_or_else(PoisonError::into_inner).as_ref())
     }
 
     /// Poisons pages; where the kernel cannot, the VM is killed. `None` where it will not just now.

@@ -6,6 +6,7 @@ use std::time::Duration;
 use rustix::io::Errno;
 
 use super::Session;
+use crate::sys::pidfd::PidFd;
 
 /// What was done to a VM that could not be given a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,6 +24,20 @@ pub enum Action {
 }
 
 impl Action {
+    /// Kills a VM, and says what came of it.
+    pub(crate) fn by_killing(pid: Option<u32>, process: Option<&PidFd>) -> Self {
+        if pid == Some(std::process::id()) {
+            return Self::HeldSelf;
+        }
+        match process.map(PidFd::kill) {
+            // A process that has ended is as good as killed.
+            Some(Ok(()) | Err(Errno::SRCH)) => Self::Killed,
+            // EINVAL: it lives in a pid namespace that cannot be seen from here.
+            Some(Err(Errno::INVAL)) | None => Self::HeldUnseen,
+            Some(Err(errno)) => Self::Held(errno),
+        }
+    }
+
     /// Whether whoever asked for the page waits for ever.
     pub const fn holds(self) -> bool {
         matches!(self, Self::Held(_) | Self::HeldUnseen | Self::HeldSelf)
