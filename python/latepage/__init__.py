@@ -21,11 +21,12 @@ from latepage.pager import Pager
 from latepage.policy import Policy
 from latepage.session import Progress, Session
 from latepage.source import Source, open_source
-from latepage.stats import Latency, Stats, TraceEntry
+from latepage.stats import Histogram, Latency, Stats, TraceEntry
 
 __all__ = [
     "Event",
     "GuestError",
+    "Histogram",
     "Latency",
     "LatepageError",
     "ListenError",

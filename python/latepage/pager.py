@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Self
 
-from latepage import _core
+from latepage import _core, stats
 from latepage.events import Event, from_engine
 from latepage.policy import Policy
 from latepage.session import Session
 from latepage.source import Source
+from latepage.stats import Stats
 
 __all__ = ["Pager"]
 
@@ -42,6 +43,8 @@ class Pager:
         log: int | None = None,
     ) -> None:
         self._native = _core.Pager(workers=workers, io_threads=io_threads, log=log)
+        self._sockets: dict[str, Source] = {}
+        self._takes_vms = True
 
     def listen(self, path: str | os.PathLike[str], source: Source, policy: Policy | None = None) -> None:
         """Takes VMs at a Unix socket: any number of them, each with its memory from `source`.
@@ -57,6 +60,22 @@ class Pager:
             ListenError: someone listens there, a file is there, the path is too long, its folder is missing.
         """
         self._native.listen(os.fspath(path), source._native, (policy or Policy()).as_dict())
+        self._sockets[os.fspath(path)] = source
+
+    @property
+    def sockets(self) -> dict[str, Source]:
+        """Where it was told to listen, and what VMs get their memory from there."""
+        return dict(self._sockets)
+
+    @property
+    def ready(self) -> bool:
+        """Whether it takes VMs: it listens somewhere, and is neither draining nor closed."""
+        return self._takes_vms and bool(self._sockets)
+
+    @property
+    def events_told(self) -> dict[str, int]:
+        """How many events of each kind there have been, by their names in the log, whether anyone has read them or not."""
+        return {kind.event: 0 for kind in Event.__subclasses__()} | self._native.events_told()
 
     def sessions(self) -> list[Session]:
         """The VMs that are being served now."""
@@ -72,6 +91,11 @@ class Pager:
             if session.name == name:
                 return session
         raise KeyError(name)
+
+    @property
+    def stats(self) -> Stats:
+        """What all VMs did together, those that have ended among them: no figure of it ever goes back."""
+        return stats.from_engine(self._native.stats())
 
     def events(self, timeout: float | None = None) -> Iterator[Event]:
         """What happens, in order, each event once.
@@ -98,6 +122,7 @@ class Pager:
 
         Returns at once. The event `Drained` tells when every VM has ended or needs no pager any more.
         """
+        self._takes_vms = False
         self._native.drain()
 
     def close(self) -> list[str]:
@@ -107,6 +132,7 @@ class Pager:
             The names of those VMs, and of those that have all their memory but cannot be let go: their next discard waits for
             ever. The event `Left` tells of each.
         """
+        self._takes_vms = False
         return self._native.close()
 
     def __enter__(self) -> Self:

@@ -6,7 +6,7 @@ from typing import cast
 
 from latepage import _core
 from latepage.memory import PageState, Region
-from latepage.stats import Latency, Reason, Stats, TraceEntry
+from latepage.stats import Reason, Stats, TraceEntry, from_engine
 
 __all__ = ["Progress", "Session"]
 
@@ -78,6 +78,16 @@ class Session:
         return self._native.backing
 
     @property
+    def vcpus(self) -> int:
+        """How many vCPUs it says it has."""
+        return self._native.vcpus
+
+    @property
+    def age(self) -> float:
+        """Seconds since it began."""
+        return self._native.age
+
+    @property
     def closed(self) -> bool:
         """Whether it is over: the VM has ended, or needs no pager any more."""
         return self._native.closed
@@ -102,11 +112,7 @@ class Session:
     @property
     def stats(self) -> Stats:
         """Its counters, and how long its faults waited."""
-        count, mean, p50, p99, longest = self._native.latency()
-        return Stats(
-            counters=self._native.counters(),
-            latency=Latency(count, mean / 1e9, p50 / 1e9, p99 / 1e9, longest / 1e9),
-        )
+        return from_engine(self._native.stats())
 
     def pages(self) -> bytes:
         """The state of every page, one byte each, as `PageState` numbers them."""

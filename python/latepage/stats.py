@@ -1,9 +1,20 @@
 """What a session did: counters, how long its faults waited, and which pages came in when and why."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, cast
 
-__all__ = ["Latency", "Reason", "Stats", "TraceEntry"]
+from latepage import _core
+
+if TYPE_CHECKING:
+    from latepage._core import _Stats
+
+__all__ = ["FaultResult", "Histogram", "Latency", "PageClass", "Reason", "Stats", "TraceEntry", "from_engine"]
+
+PageClass = Literal["source", "zero", "resident", "unknown"]
+"""What kind of page a fault met: contents from the source, zero, one that the guest had already, or nobody got to know."""
+
+FaultResult = Literal["installed", "deferred", "present", "discarded", "failed"]
+"""What came of a fault: installed at once or after a wait, there already, discarded while it waited, or not to be had."""
 
 Reason = Literal["demand", "beside", "population", "removed", "cleared"]
 """Why a page stands in the trace: docs/stats.md tells what each means."""
@@ -31,16 +42,34 @@ class Latency:
 
 
 @dataclass(frozen=True, slots=True)
+class Histogram:
+    """How long some faults waited, in few numbers that can be added up.
+
+    Attributes:
+        cumulative: pairs of an upper bound in seconds and of how many faults waited no longer; each bound is twice the one
+            before, from 2^10 ns (1.024 µs) to 2^36 ns (68.7 s).
+        count: how many faults there were, the longest waits too.
+        sum: seconds that they waited, together.
+    """
+
+    cumulative: tuple[tuple[float, int], ...]
+    count: int
+    sum: float
+
+
+@dataclass(frozen=True, slots=True)
 class Stats:
-    """One session's figures, read at one moment.
+    """The figures of one session, or of all that a pager ever served, read at one moment.
 
     Attributes:
         counters: each counter by name (docs/stats.md lists them).
-        latency: how long its faults waited.
+        latency: how long faults waited.
+        faults_by: the same, apart by page class and result; every combination that can occur is there.
     """
 
     counters: dict[str, int]
     latency: Latency
+    faults_by: dict[tuple[PageClass, FaultResult], Histogram]
 
     @property
     def faults(self) -> int:
@@ -66,3 +95,19 @@ class TraceEntry:
     page: int
     reason: Reason
     seconds: float
+
+
+def from_engine(fields: "_Stats") -> Stats:
+    """The engine's plain figures, with their types and in seconds."""
+    counters, (count, mean, p50, p99, longest), classes = fields
+    bounds = [ns / 1e9 for ns in _core.LATENCY_BOUNDS]
+    return Stats(
+        counters=counters,
+        latency=Latency(count, mean / 1e9, p50 / 1e9, p99 / 1e9, longest / 1e9),
+        faults_by={
+            cast("tuple[PageClass, FaultResult]", (of, result)): Histogram(
+                tuple(zip(bounds, cumulative, strict=True)), faults, total / 1e9
+            )
+            for of, result, cumulative, faults, total in classes
+        },
+    )

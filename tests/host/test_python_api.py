@@ -76,6 +76,26 @@ def test_it_counts_what_the_guest_touched_and_traces_it_in_order(pager: Pager, v
     assert {entry.page for entry in session.trace(cursor)[0]} <= {100, 101}, "nothing is given twice"
 
 
+def test_a_pagers_totals_never_go_back_when_a_vm_ends(pager: Pager, vm: Peer) -> None:
+    for page in (1, 2):
+        vm.read(page)
+    vm.discard(2)
+    vm.read(2)
+    vm.child.kill()
+    wait_for(pager, Ended)
+    assert pager.sessions() == []
+    totals = pager.stats
+    assert (totals.faults, totals.latency.count) == (3, 3)
+    counted = {cell: histogram.count for cell, histogram in totals.faults_by.items() if histogram.count}
+    assert counted == {("source", "installed"): 2, ("zero", "installed"): 1}
+    for histogram in totals.faults_by.values():
+        bounds, counts = zip(*histogram.cumulative, strict=True)
+        assert (bounds[0], bounds[-1]) == (1.024e-6, 2**36 / 1e9)
+        assert list(counts) == sorted(counts)
+        assert counts[-1] == histogram.count, "none of them took a minute"
+        assert (histogram.sum > 0) == (histogram.count > 0)
+
+
 def test_pages_can_be_brought_ahead_of_their_faults(pager: Pager, vm: Peer) -> None:
     session = pager.session("vm-7")
     assert not session.wait_populated(timeout=0)

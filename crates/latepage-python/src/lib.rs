@@ -9,7 +9,9 @@ mod pager;
 mod policy;
 mod session;
 mod source;
+mod stats;
 mod sys;
+mod trace;
 mod vm;
 
 use latepage::sys::uffd::Userfaultfd;
@@ -40,6 +42,7 @@ mod _core {
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
         super::vm::register(module)?;
         module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+        module.add("LATENCY_BOUNDS", super::stats::bounds())?;
         module.add("PAGE_STATES", PAGE_STATES.to_vec())
     }
 }

@@ -1,5 +1,6 @@
 //! The pager, as Python holds it.
 
+use std::collections::BTreeMap;
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -11,6 +12,7 @@ use pyo3::types::PyDict;
 use crate::errors::{Place, listen_error, raise};
 use crate::session::Session;
 use crate::source::FileSource;
+use crate::stats::{self, StatsFields};
 use crate::{events, policy, sys};
 
 /// A pager and its threads, none of which ever calls Python.
@@ -60,8 +62,24 @@ impl Pager {
         all.map(|session| Session::new(session, Arc::clone(&self.engine))).collect()
     }
 
+    /// The VMs that are being served now and whose number is above `id`.
+    fn sessions_after(&self, id: u64) -> Vec<Session> {
+        let newer = self.engine.sessions().into_iter().filter(|session| session.id() > id);
+        newer.map(|session| Session::new(session, Arc::clone(&self.engine))).collect()
+    }
+
+    fn stats<'py>(&self, py: Python<'py>) -> PyResult<StatsFields<'py>> {
+        let totals = py.detach(|| self.engine.totals());
+        stats::to_python(py, &totals)
+    }
+
     fn take_events<'py>(&self, py: Python<'py>, limit: usize) -> PyResult<Vec<Bound<'py, PyAny>>> {
         self.engine.events().take(limit).iter().map(|event| events::to_python(py, event)).collect()
+    }
+
+    /// How many events of each kind there have been, read or not.
+    fn events_told(&self) -> BTreeMap<&'static str, u64> {
+        self.engine.events().told()
     }
 
     fn event_descriptor(&self) -> RawFd {

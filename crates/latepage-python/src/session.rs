@@ -5,11 +5,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use latepage::pager::Pager as Engine;
-use latepage::session::Session as Served;
+use latepage::session::{End, Population, Session as Served};
 use pyo3::prelude::*;
-use pyo3::types::{PyBytes, PyDict};
+use pyo3::types::PyBytes;
 
 use crate::errors::{Place, raise};
+use crate::stats::{self, StatsFields};
+use crate::trace;
 
 /// How long a wait goes on without a look at whether Ctrl-C was pressed.
 const SLICE: Duration = Duration::from_millis(200);
@@ -90,6 +92,12 @@ impl Session {
         self.served.vcpus()
     }
 
+    /// Seconds since it began.
+    #[getter]
+    fn age(&self) -> f64 {
+        self.served.started().elapsed().as_secs_f64()
+    }
+
     #[getter]
     fn closed(&self) -> bool {
         self.served.end().is_some()
@@ -112,24 +120,52 @@ impl Session {
         PyBytes::new(py, &states)
     }
 
-    fn counters<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let dict = PyDict::new(py);
-        for (name, count) in self.served.stats().counters.snapshot().iter() {
-            dict.set_item(name, count)?;
-        }
-        Ok(dict)
-    }
-
-    /// How many faults, and in ns: their mean, median, 99th percentile and maximum.
-    fn latency(&self) -> (u64, f64, u64, u64, u64) {
-        let latency = self.served.stats().latency.snapshot();
-        (latency.count, latency.mean(), latency.quantile(0.5), latency.quantile(0.99), latency.max)
+    fn stats<'py>(&self, py: Python<'py>) -> PyResult<StatsFields<'py>> {
+        stats::to_python(py, &self.served.stats().snapshot())
     }
 
     fn trace(&self, py: Python<'_>, cursor: u64) -> (Vec<(u32, &'static str, u64)>, u64, u64) {
         let read = py.detach(|| self.served.stats().trace.read_from(cursor));
         let entries = read.entries.iter().map(|entry| (entry.page, entry.reason.name(), entry.ns)).collect();
         (entries, read.cursor, read.lost)
+    }
+
+    /// The trace from a cursor on, as the records of a trace file; where to go on; and how many entries were lost before them.
+    fn trace_raw<'py>(&self, py: Python<'py>, cursor: u64) -> (Bound<'py, PyBytes>, u64, u64) {
+        let (records, cursor, lost) = py.detach(|| {
+            let read = self.served.stats().trace.read_from(cursor);
+            (trace::records(&read.entries), read.cursor, read.lost)
+        });
+        (PyBytes::new(py, &records), cursor, lost)
+    }
+
+    /// How many entries its trace keeps.
+    #[getter]
+    fn trace_capacity(&self) -> usize {
+        self.served.stats().trace.capacity()
+    }
+
+    /// Why it is over, once it is.
+    #[getter]
+    fn end(&self) -> Option<&'static str> {
+        self.served.end().map(|end| match end {
+            End::Gone => "gone",
+            End::Detached => "detached",
+            End::Closed => "closed",
+        })
+    }
+
+    /// What its memory comes from.
+    #[getter]
+    fn source(&self) -> String {
+        self.served.source().describe()
+    }
+
+    /// Of its policy, what decides which pages come: whether there is population, and the bytes of fault-around.
+    #[getter]
+    fn bringing(&self) -> (bool, u64) {
+        let policy = self.served.policy();
+        (policy.population != Population::None, policy.fault_around)
     }
 
     fn populate(&self, py: Python<'_>, ranges: Option<Vec<(u64, u64)>>) -> PyResult<()> {

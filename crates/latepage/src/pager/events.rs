@@ -1,7 +1,7 @@
 //! What a pager tells: a queue that can be polled, and a log of JSON lines. Both are the engine's own, so that a program that
 //! embeds it, and is busy, loses no word of it.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -80,9 +80,38 @@ pub enum What {
     Lost { count: u64 },
 }
 
+impl What {
+    /// What the log calls it.
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::Listening { .. } => "listening",
+            Self::SessionStarted { .. } => "session-started",
+            Self::Refused { .. } => "refused",
+            Self::Populated { .. } => "populated",
+            Self::Detached { .. } => "detached",
+            Self::Ended { .. } => "ended",
+            Self::Failed { .. } => "failed",
+            Self::Stall { .. } => "stall",
+            Self::PopulationStopped { .. } => "population-stopped",
+            Self::NoMemory { .. } => "no-memory",
+            Self::Surprise { .. } => "surprise",
+            Self::SourceChanged { .. } => "source-changed",
+            Self::LeaseBreaking { .. } => "lease-breaking",
+            Self::Warning { .. } => "warning",
+            Self::Draining { .. } => "draining",
+            Self::WaitingFor { .. } => "waiting-for",
+            Self::Drained => "drained",
+            Self::Left { .. } => "left",
+            Self::Lost { .. } => "lost",
+        }
+    }
+}
+
 struct Queue {
     events: VecDeque<Event>,
     lost: u64,
+    /// How many of each kind there have been.
+    told: BTreeMap<&'static str, u64>,
 }
 
 /// The events of a pager.
@@ -126,7 +155,7 @@ impl Events {
             }
         };
         Ok(Self {
-            queue: Mutex::new(Queue { events: VecDeque::new(), lost: 0 }),
+            queue: Mutex::new(Queue { events: VecDeque::new(), lost: 0, told: BTreeMap::new() }),
             readable,
             log: Mutex::new(log),
         })
@@ -144,6 +173,7 @@ impl Events {
             queue.events.pop_front();
             queue.lost += 1;
         }
+        *queue.told.entry(event.what.name()).or_default() += 1;
         queue.events.push_back(event);
         // It only fails when it is readable anyway.
         let _ = rustix::io::write(&self.readable, &1u64.to_ne_bytes());
@@ -167,6 +197,11 @@ impl Events {
         taken
     }
 
+    /// How many events of each kind there have been, read or not; kinds of which there were none are missing.
+    pub fn told(&self) -> BTreeMap<&'static str, u64> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner).told.clone()
+    }
+
     /// A descriptor that polls readable while events wait.
     pub fn descriptor(&self) -> BorrowedFd<'_> {
         self.readable.as_fd()
@@ -179,5 +214,36 @@ impl Events {
             drop(lines);
             let _ = writer.join();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_told_is_counted_by_the_name_that_the_log_has() {
+        let events = Events::new(None).unwrap();
+        let all = [
+            What::Refused {
+                socket: String::new(),
+                vm: None,
+                pid: 1,
+                uid: 0,
+                reason: String::new(),
+                action: String::new(),
+            },
+            What::Detached { vm: String::new() },
+            What::PopulationStopped { vm: String::new(), address: 0, reason: String::new() },
+            What::Drained,
+            What::Drained,
+        ];
+        for what in all {
+            let line = serde_json::to_value(&what).unwrap();
+            assert_eq!(line["event"], what.name());
+            events.emit(what);
+        }
+        let told: Vec<_> = events.told().into_iter().collect();
+        assert_eq!(told, [("detached", 1), ("drained", 2), ("population-stopped", 1), ("refused", 1)]);
     }
 }

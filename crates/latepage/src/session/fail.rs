@@ -9,6 +9,7 @@ use super::report::{Action, Report};
 use super::{Core, Scratch, Session};
 use crate::install::Stop;
 use crate::memory::PageState;
+use crate::stats::{FaultResult, PageClass};
 
 impl Session {
     /// A page that someone waits for cannot be had.
@@ -38,6 +39,8 @@ impl Session {
             // A VM that wakes itself up asks again and again. It has been told.
             return;
         }
+        let waited = since.elapsed().as_nanos() as u64;
+        self.stats.by_class.record(PageClass::Unknown, FaultResult::Failed, waited);
         self.host.report(self, Report::Failed { hva, page: Some(page), reason: reason.to_owned(), action });
     }
 

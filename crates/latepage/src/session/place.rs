@@ -12,10 +12,19 @@ use super::{Core, Session};
 use crate::install::{Outcome, Stop, ZEROS};
 use crate::memory::PageState;
 use crate::source::Answer;
-use crate::stats::Reason;
+use crate::stats::{FaultResult, PageClass, Reason};
 
-/// The page that someone waits for, and since when. `None` where pages are brought unasked.
-pub(super) type Demand = Option<(u32, Instant)>;
+/// Someone's wait for a page.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Wait {
+    /// Since when.
+    pub(super) since: Instant,
+    /// What came of the fault, should its page be installed now.
+    pub(super) result: FaultResult,
+}
+
+/// The page that someone waits for, and his wait. `None` where pages are brought unasked.
+pub(super) type Demand = Option<(u32, Wait)>;
 
 impl Session {
     /// Installs a run of claimed pages with what the source answered: zero pages as zero, the rest as they are.
@@ -65,7 +74,7 @@ impl Session {
             }
             self.paid(u64::from(run.end - run.start));
             self.account(run.clone(), false, demand);
-            return self.expose(core, run, demand);
+            return self.expose(core, run, demand, PageClass::Source);
         }
         let mut steps = Steps::new(run.clone());
         while let Some(step) = steps.next() {
@@ -114,7 +123,7 @@ impl Session {
         match steps.after(outcome) {
             None => None,
             Some(Stop::AlreadyThere) => {
-                self.already_there(core, steps.skip());
+                self.already_there(core, steps.skip(), demand);
                 None
             }
             Some(stop) => {
@@ -126,13 +135,14 @@ impl Session {
     }
 
     /// Someone was first. The page is there, and whoever waits for it has perhaps not been told.
-    fn already_there(&self, core: &Core, page: u32) {
+    fn already_there(&self, core: &Core, page: u32, demand: Demand) {
         self.stats.counters.already_there.add(1);
         if self.pages.state(page) == PageState::InFlight {
             self.paid(1);
         }
         self.pages.settle(page);
         core.delivery.release(&self.layout, page..page + 1);
+        self.released(&(page..page + 1), demand, PageClass::Resident);
     }
 
     /// An install stopped for a reason that is not about one page. The pages of `run` are nobody's now.
@@ -140,13 +150,13 @@ impl Session {
         let demanded = demand.filter(|(page, _)| run.contains(page));
         match (stop, demanded) {
             (Stop::Gone, _) => self.finish(End::Gone),
-            (Stop::Busy, Some((page, since))) => core.waiting.park(page, since),
+            (Stop::Busy, Some((page, wait))) => core.waiting.park(page, wait.since),
             (Stop::NoMemory, demanded) => {
                 if !std::mem::replace(&mut core.waiting.starved, true) {
                     self.host.report(self, Report::NoMemory { hva: self.layout.place(run.start).hva });
                 }
-                if let Some((page, since)) = demanded {
-                    core.waiting.park(page, since);
+                if let Some((page, wait)) = demanded {
+                    core.waiting.park(page, wait.since);
                     if core.waiting.is_patient() {
                         // Should a huge page be there after all, put in place by the VMM itself, this releases who waits.
                         core.delivery.release(&self.layout, page..page + 1);
@@ -158,18 +168,20 @@ impl Session {
             (Stop::Unmapped, _) => {
                 self.removed(run.start..run.start + 1, Instant::now());
                 core.delivery.release(&self.layout, run.start..run.start + 1);
+                let gone = demand.map(|(page, wait)| (page, Wait { result: FaultResult::Discarded, ..wait }));
+                self.released(&(run.start..run.start + 1), gone, PageClass::Unknown);
             }
             // Unasked: it can be brought another time.
             (Stop::Busy | Stop::Hole | Stop::AlreadyThere | Stop::Failed(_), None) => {}
-            (Stop::Hole | Stop::AlreadyThere, Some((page, since))) => core.waiting.park(page, since),
-            (Stop::Failed(errno), Some((page, since))) => {
-                self.fail(core, page, since, &format!("the kernel would not install it: {errno}"));
+            (Stop::Hole | Stop::AlreadyThere, Some((page, wait))) => core.waiting.park(page, wait.since),
+            (Stop::Failed(errno), Some((page, wait))) => {
+                self.fail(core, page, wait.since, &format!("the kernel would not install it: {errno}"));
             }
         }
     }
 
     /// Installs zero for a page that was removed and that we have claimed.
-    pub(super) fn clear(&self, core: &mut Core, page: u32, since: Instant) {
+    pub(super) fn clear(&self, core: &mut Core, page: u32, wait: Wait) {
         let outcome = core.install.zero(&self.layout, page..page + 1);
         match outcome.stopped {
             None => {
@@ -177,16 +189,16 @@ impl Session {
                 self.stats.counters.bytes_installed.add(self.unit(page) as u64);
                 self.stats.trace.record(page, Reason::Cleared, self.now_ns(Instant::now()));
                 self.cleared(page);
-                self.released(&(page..page + 1), Some((page, since)));
+                self.released(&(page..page + 1), Some((page, wait)), PageClass::Zero);
             }
             Some(Stop::AlreadyThere) => {
                 // Its file holds something, or the guest has a page: that is what it reads from now on.
                 self.cleared(page);
-                self.expose_removed(core, page, since);
+                self.expose_removed(core, page, wait);
             }
             Some(stop) => {
                 self.pages.abandon(page);
-                self.stopped(core, page..page + 1, stop, Some((page, since)));
+                self.stopped(core, page..page + 1, stop, Some((page, wait)));
             }
         }
     }
@@ -201,16 +213,23 @@ impl Session {
         }
     }
 
-    fn expose_removed(&self, core: &mut Core, page: u32, since: Instant) {
+    fn expose_removed(&self, core: &mut Core, page: u32, wait: Wait) {
         if self.may_detach() {
-            self.expose(core, page..page + 1, Some((page, since)));
+            self.expose(core, page..page + 1, Some((page, wait)), PageClass::Resident);
         } else {
             core.delivery.release(&self.layout, page..page + 1);
+            self.released(&(page..page + 1), Some((page, wait)), PageClass::Resident);
         }
     }
 
     /// Lets the guest see pages that are filled, or were there before. Claims nothing: present stays present.
-    pub(super) fn expose(&self, core: &mut Core, run: Range<u32>, demand: Demand) -> Option<Stop> {
+    pub(super) fn expose(
+        &self,
+        core: &mut Core,
+        run: Range<u32>,
+        demand: Demand,
+        class: PageClass,
+    ) -> Option<Stop> {
         let mut steps = Steps::new(run.clone());
         while let Some(step) = steps.next() {
             let outcome = core.install.expose(&self.layout, step.clone());
@@ -219,7 +238,8 @@ impl Session {
             }
             match steps.after(outcome) {
                 None => {}
-                Some(Stop::AlreadyThere) => self.already_there(core, steps.skip()),
+                // Counted with the whole run, below.
+                Some(Stop::AlreadyThere) => self.already_there(core, steps.skip(), None),
                 // What is filled stays filled: its next fault exposes it.
                 Some(stop) => {
                     self.stopped(core, steps.left(), stop, demand);
@@ -227,16 +247,17 @@ impl Session {
                 }
             }
         }
-        self.released(&run, demand);
+        self.released(&run, demand, class);
         None
     }
 
     /// The one who asked goes on: his wait is over.
-    fn released(&self, run: &Range<u32>, demand: Demand) {
-        if let Some((page, since)) = demand
+    fn released(&self, run: &Range<u32>, demand: Demand, class: PageClass) {
+        if let Some((page, wait)) = demand
             && run.contains(&page)
         {
-            self.stats.latency.record(since.elapsed().as_nanos() as u64);
+            let result = if class == PageClass::Resident { FaultResult::Present } else { wait.result };
+            self.stats.released(class, result, wait.since.elapsed().as_nanos() as u64);
         }
     }
 
@@ -250,7 +271,8 @@ impl Session {
         }
         self.paid(u64::from(run.end - run.start));
         self.account(run.clone(), zero, demand);
-        self.released(&run, demand);
+        let class = if zero { PageClass::Zero } else { PageClass::Source };
+        self.released(&run, demand, class);
     }
 
     /// Counts pages that have come, and traces them.

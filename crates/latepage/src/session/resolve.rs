@@ -3,14 +3,14 @@
 //! All of it happens inside the gate. A page that was claimed here is settled, abandoned, failed, or out with a ticket when
 //! these functions return; none stays in flight for nobody.
 
-use std::sync::Arc;
-use std::time::Instant;
-
 use super::answer::checked;
+use super::place::Wait;
 use super::{Core, Scratch, Session};
 use crate::delivery::{Fault, FaultFlags};
 use crate::memory::PageState;
 use crate::source::Answer;
+use crate::stats::FaultResult;
+use std::sync::Arc;
 
 impl Session {
     /// Bytes of each page of the region that `page` is in.
@@ -19,7 +19,7 @@ impl Session {
     }
 
     /// Brings a page that we have claimed, and the absent ones that follow it in its window.
-    pub(super) fn supply(self: &Arc<Self>, core: &mut Core, bytes: &mut [u8], page: u32, since: Instant) {
+    pub(super) fn supply(self: &Arc<Self>, core: &mut Core, bytes: &mut [u8], page: u32, wait: Wait) {
         let place = self.layout.place(page);
         let unit = place.page_size.bytes() as usize;
         let end = self.claim_beside(page);
@@ -31,19 +31,19 @@ impl Session {
                 Ok(answer) if answer != Answer::Later => {
                     let run = at..at + answer.pages(unit);
                     at = run.end;
-                    if self.put(core, run, answer, Some((page, since))).is_some() {
+                    if self.put(core, run, answer, Some((page, wait))).is_some() {
                         return self.abandon(at..end);
                     }
                 }
                 Ok(_) if at == page => {
                     self.stats.counters.later.add(1);
-                    core.waiting.ticket(page, since);
+                    core.waiting.ticket(page, wait.since);
                     self.host.read_later(self, page);
                     return self.abandon(page + 1..end);
                 }
                 Err(error) if at == page => {
                     self.abandon(page + 1..end);
-                    return self.fail(core, page, since, &error);
+                    return self.fail(core, page, wait.since, &error);
                 }
                 // What was only to come beside can be asked for again.
                 Ok(_) | Err(_) => return self.abandon(at..end),
@@ -86,13 +86,19 @@ impl Session {
                     while end < limit && self.pages.claim_absent(end) {
                         end += 1;
                     }
-                    self.put(core, page..end, answer, Some((page, waiting.since)));
+                    let wait = Wait { since: waiting.since, result: FaultResult::Deferred };
+                    self.put(core, page..end, answer, Some((page, wait)));
                 }
                 (PageState::InFlight, Err(error)) => self.fail(core, page, waiting.since, &error),
                 // Discarded while it was read, or already there: it is looked at afresh.
-                _ => {
+                (state, _) => {
                     let fault = Fault { page, flags: FaultFlags::empty(), thread: 0 };
-                    self.fault(core, &mut scratch.bytes, fault, waiting.since);
+                    let result = match state {
+                        PageState::Removed | PageState::Clearing => FaultResult::Discarded,
+                        _ => FaultResult::Deferred,
+                    };
+                    let wait = Wait { since: waiting.since, result };
+                    self.fault(core, &mut scratch.bytes, fault, wait);
                 }
             }
         });

@@ -5,11 +5,12 @@ use std::sync::Arc;
 use std::sync::MutexGuard;
 use std::time::{Duration, Instant};
 
+use super::place::Wait;
 use super::report::{End, Report};
 use super::{Core, Scratch, Session};
 use crate::delivery::{Fault, FaultFlags, Surprise};
 use crate::memory::{Claim, PageState};
-use crate::stats::Reason;
+use crate::stats::{FaultResult, PageClass, Reason};
 
 /// Batches taken from one session before its worker turns to the next.
 const BATCHES: usize = 4;
@@ -106,7 +107,7 @@ impl Session {
             for at in 0..scratch.batch.faults.len() {
                 let fault = scratch.batch.faults[at];
                 self.count(fault);
-                self.fault(core, &mut scratch.bytes, fault, since);
+                self.fault(core, &mut scratch.bytes, fault, Wait { since, result: FaultResult::Installed });
             }
             while let Some(surprise) = scratch.batch.surprises.pop() {
                 self.surprised(core, surprise, since);
@@ -137,7 +138,7 @@ impl Session {
     }
 
     /// One fault, from its claim to its release; or parked, or out with an I/O thread.
-    pub(super) fn fault(self: &Arc<Self>, core: &mut Core, bytes: &mut [u8], fault: Fault, since: Instant) {
+    pub(super) fn fault(self: &Arc<Self>, core: &mut Core, bytes: &mut [u8], fault: Fault, wait: Wait) {
         let page = fault.page;
         if fault.flags.contains(FaultFlags::WP) {
             // Nothing of ours protects pages yet: whoever did, the write may go on.
@@ -146,18 +147,19 @@ impl Session {
             return;
         }
         match self.pages.claim(page) {
-            Claim::Fill => self.supply(core, bytes, page, since),
-            Claim::Clear => self.clear(core, page, since),
+            Claim::Fill => self.supply(core, bytes, page, wait),
+            Claim::Clear => self.clear(core, page, wait),
             // Whoever has claimed it releases everyone who waits for the page.
             Claim::Wait => self.stats.counters.joined.add(1),
-            Claim::Expose => {
-                self.expose(core, page..page + 1, Some((page, since)));
+            claim @ (Claim::Expose | Claim::Present) => {
+                if claim == Claim::Present {
+                    self.stats.counters.present.add(1);
+                }
+                // It came before it was asked for: the trace shall say that it was asked for, too.
+                self.stats.trace.record(page, Reason::Demand, self.now_ns(wait.since));
+                self.expose(core, page..page + 1, Some((page, wait)), PageClass::Resident);
             }
-            Claim::Present => {
-                self.stats.counters.present.add(1);
-                self.expose(core, page..page + 1, Some((page, since)));
-            }
-            Claim::Failed => self.failed_again(core, page, since),
+            Claim::Failed => self.failed_again(core, page, wait.since),
         }
     }
 
@@ -194,7 +196,8 @@ impl Session {
             let Some(waiting) = core.waiting.next_parked() else { break };
             self.stats.counters.retries.add(1);
             let fault = Fault { page: waiting.page, flags: FaultFlags::empty(), thread: 0 };
-            self.fault(core, &mut scratch.bytes, fault, waiting.since);
+            let wait = Wait { since: waiting.since, result: FaultResult::Deferred };
+            self.fault(core, &mut scratch.bytes, fault, wait);
         }
         if round > 0 {
             core.waiting.end_round();

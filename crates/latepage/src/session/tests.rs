@@ -507,3 +507,35 @@ fn a_vm_that_waits_for_a_failed_page_is_never_let_go() {
     assert_eq!(session.detach(&mut staged.scratch), LetGo::Kept);
     assert!(!staged.told().contains(&"detach".to_owned()));
 }
+
+#[test]
+fn each_wait_that_is_over_counts_once_by_what_it_met_and_what_came_of_it() {
+    let Some(mut staged) = Staged::new(OnMissing::Poison) else { return };
+    // From the source; removed in the same breath; there already, and asked for again; gone; broken and poisoned.
+    staged.serve(&[2..3], &[1, 2], &[]);
+    staged.serve(&[], &[3], &[Stop::AlreadyThere]);
+    staged.serve(&[], &[3], &[Stop::AlreadyThere]);
+    staged.serve(&[], &[4], &[Stop::Unmapped]);
+    staged.serve(&[], &[6], &[]);
+    // Refused at first.
+    staged.serve(&[], &[5], &[Stop::Busy]);
+    staged.retry();
+    let snapshot = staged.session.stats().snapshot();
+    let counted: Vec<_> = snapshot
+        .by_class
+        .iter()
+        .map(|(class, result, cell)| (class.name(), result.name(), cell.buckets.iter().sum::<u64>()))
+        .filter(|(_, _, count)| *count > 0)
+        .collect();
+    let expected = [
+        ("source", "installed", 1),
+        ("source", "deferred", 1),
+        ("zero", "installed", 1),
+        ("resident", "present", 2),
+        ("unknown", "discarded", 1),
+        ("unknown", "failed", 1),
+    ];
+    assert_eq!(counted, expected);
+    // Nobody was released from the page that failed.
+    assert_eq!(snapshot.latency.count, 6);
+}

@@ -2,10 +2,14 @@
 //!
 //! Everything in here is lock-free, allocates nothing while it records, and may be read while it is written.
 
+mod by_class;
 mod counters;
 mod histogram;
 mod trace;
 
+pub use by_class::{
+    BOUNDS, CellSnapshot, FaultResult, FaultsByClass, FaultsByClassSnapshot, PageClass, bound,
+};
 pub use counters::{Counter, Counters, CountersSnapshot};
 pub use histogram::{BUCKETS, Histogram, HistogramSnapshot, bucket_range};
 pub use trace::{Reason, TraceEntry, TraceRead, TraceRing};
@@ -22,6 +26,8 @@ pub struct Stats {
     pub counters: Counters,
     /// How long faults took from the moment that they were delivered to us to their release, in ns.
     pub latency: Histogram,
+    /// The same, coarser, by page class and result.
+    pub by_class: FaultsByClass,
     /// Which pages came in, in what order, when and why.
     pub trace: TraceRing,
 }
@@ -32,13 +38,25 @@ impl Stats {
         Self {
             counters: Counters::default(),
             latency: Histogram::new(),
+            by_class: FaultsByClass::new(),
             trace: TraceRing::new(trace_capacity),
         }
     }
 
-    /// The counters and the histogram as plain numbers. Taken while others record, so that they may differ by what is under way.
+    /// Counts a fault whose wait of `ns` is over.
+    #[inline]
+    pub fn released(&self, class: PageClass, result: FaultResult, ns: u64) {
+        self.latency.record(ns);
+        self.by_class.record(class, result, ns);
+    }
+
+    /// The counters and the histograms as plain numbers. Taken while others record, so that they may differ by what is under way.
     pub fn snapshot(&self) -> StatsSnapshot {
-        StatsSnapshot { counters: self.counters.snapshot(), latency: self.latency.snapshot() }
+        StatsSnapshot {
+            counters: self.counters.snapshot(),
+            latency: self.latency.snapshot(),
+            by_class: self.by_class.snapshot(),
+        }
     }
 }
 
@@ -49,6 +67,8 @@ pub struct StatsSnapshot {
     pub counters: CountersSnapshot,
     /// How long faults took, in ns.
     pub latency: HistogramSnapshot,
+    /// The same by page class and result.
+    pub by_class: FaultsByClassSnapshot,
 }
 
 impl StatsSnapshot {
@@ -56,5 +76,6 @@ impl StatsSnapshot {
     pub fn merge(&mut self, other: &Self) {
         self.counters.merge(&other.counters);
         self.latency.merge(&other.latency);
+        self.by_class.merge(&other.by_class);
     }
 }
