@@ -32,3 +32,9 @@ pub mod session;
 pub mod source;
 #[cfg(not(loom))]
 pub mod sys;
+
+/// The gate alone, for loom: the rest of a session is made of system calls.
+#[cfg(loom)]
+#[allow(dead_code, reason = "loom's tests use some of it")]
+#[path = "session/gate.rs"]
+mod gate;
