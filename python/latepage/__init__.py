@@ -7,6 +7,8 @@
 
 from latepage._core import __version__
 from latepage.errors import (
+    CheckError,
+    FirecrackerError,
     GuestError,
     LatepageError,
     ListenError,
@@ -20,11 +22,15 @@ from latepage.memory import PageState, Region
 from latepage.pager import Pager
 from latepage.policy import Policy
 from latepage.session import Progress, Session
-from latepage.source import Source, open_source
+from latepage.source import CallbackSource, FileSource, Source, open_source
 from latepage.stats import Histogram, Latency, Stats, TraceEntry
 
 __all__ = [
+    "CallbackSource",
+    "CheckError",
     "Event",
+    "FileSource",
+    "FirecrackerError",
     "GuestError",
     "Histogram",
     "Latency",

@@ -8,15 +8,20 @@ LatepageError
 ├── ListenError    the socket cannot be listened at
 ├── SourceError    the memory file cannot be served, or no longer
 ├── PolicyError    a policy's value makes no sense (a ValueError too)
+├── CheckError     the process is no VMM, or may not be looked into
 ├── SessionError   the VM's memory has no such range, or its session is over
 ├── PagerError     the pager cannot start, or is closed
-└── GuestError     the reference VMM, or its guest, failed
+├── GuestError     the reference VMM, or its guest, failed
+├── TraceError     a trace cannot be read, written or compared
+└── FirecrackerError   Firecracker refused, failed, or is not there
 ```
 """
 
 import os
 
 __all__ = [
+    "CheckError",
+    "FirecrackerError",
     "GuestError",
     "LatepageError",
     "ListenError",
@@ -24,6 +29,7 @@ __all__ = [
     "PolicyError",
     "SessionError",
     "SourceError",
+    "TraceError",
 ]
 
 
@@ -78,6 +84,10 @@ class PolicyError(LatepageError, ValueError):
     """A policy's value makes no sense."""
 
 
+class CheckError(LatepageError):
+    """The process that is to be looked at does not exist, is no VMM, or may not be looked into."""
+
+
 class SessionError(LatepageError):
     """The VM's memory has no such range, or its session is over."""
 
@@ -88,3 +98,33 @@ class PagerError(LatepageError):
 
 class GuestError(LatepageError):
     """The reference VMM, or its guest, failed."""
+
+
+class FirecrackerError(LatepageError):
+    """Firecracker refused what it was asked for, failed, or is not there. Its own words are passed on whole.
+
+    Attributes:
+        status: the HTTP status that its API answered with, if it answered.
+        fault_message: what its API said.
+        stderr: what it wrote to standard error before it ended.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int | None = None,
+        fault_message: str | None = None,
+        stderr: str | None = None,
+        vm: str | None = None,
+        call: str | None = None,
+        errno: int | None = None,
+    ) -> None:
+        super().__init__(message, vm=vm, call=call, errno=errno)
+        self.status = status
+        self.fault_message = fault_message
+        self.stderr = stderr
+
+
+class TraceError(LatepageError):
+    """A trace is none, damaged, of another version, does not fit another one, or cannot be written."""

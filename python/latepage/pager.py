@@ -4,10 +4,13 @@ import os
 import select
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from types import TracebackType
 from typing import Self
 
 from latepage import _core, stats
+from latepage._callbacks import refuse_in_callback
+from latepage._population import PopulationThread
 from latepage.events import Event, from_engine
 from latepage.policy import Policy
 from latepage.session import Session
@@ -44,6 +47,8 @@ class Pager:
     ) -> None:
         self._native = _core.Pager(workers=workers, io_threads=io_threads, log=log)
         self._sockets: dict[str, Source] = {}
+        self._orders: list[PopulationThread] = []
+        self._settled = False
         self._takes_vms = True
 
     def listen(self, path: str | os.PathLike[str], source: Source, policy: Policy | None = None) -> None:
@@ -57,10 +62,18 @@ class Pager:
             policy: how they are treated; the default `Policy()` where there is none.
 
         Raises:
-            ListenError: someone listens there, a file is there, the path is too long, its folder is missing.
+            ListenError: someone listens there, a file is there, the path is too long, its folder is missing, or it cannot be
+                given to the policy's owner.
+            PagerError: it was called by a callback of a source or a policy.
         """
-        self._native.listen(os.fspath(path), source._native, (policy or Policy()).as_dict())
+        refuse_in_callback("Pager.listen")
+        chosen = policy or Policy()
+        order = PopulationThread(chosen.populate) if callable(chosen.populate) else None
+        with source._listened_with(), nullcontext() if order is None else order.starting():
+            self._native.listen(os.fspath(path), source._native, chosen.as_dict(), None if order is None else order.follower)
         self._sockets[os.fspath(path)] = source
+        if order is not None:
+            self._orders.append(order)
 
     @property
     def sockets(self) -> dict[str, Source]:
@@ -103,12 +116,15 @@ class Pager:
         Args:
             timeout: seconds after which the iterator ends; 0 takes what is there, None waits for ever.
         """
+        if timeout != 0:
+            refuse_in_callback("Pager.events with a timeout")
         deadline = None if timeout is None else time.monotonic() + timeout
         poll = select.poll()
         poll.register(self.fileno(), select.POLLIN)
         while True:
-            for raw in self._native.take_events(256):
-                yield from_engine(raw)
+            # One by one: whoever stops in the middle finds the rest the next time.
+            while raw := self._native.take_events(1):
+                yield from_engine(raw[0])
             remaining = None if deadline is None else deadline - time.monotonic()
             if not poll.poll(None if remaining is None else max(0, remaining) * 1000) and remaining is not None:
                 return
@@ -132,8 +148,17 @@ class Pager:
             The names of those VMs, and of those that have all their memory but cannot be let go: their next discard waits for
             ever. The event `Left` tells of each.
         """
+        refuse_in_callback("Pager.close")
         self._takes_vms = False
-        return self._native.close()
+        left = self._native.close()
+        if not self._settled:
+            # What its callbacks ran on has nothing to do any more.
+            self._settled = True
+            for source in {id(source): source for source in self._sockets.values()}.values():
+                source._settle()
+            for order in self._orders:
+                order.settle()
+        return left
 
     def __enter__(self) -> Self:
         return self

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from latepage import _core
+from latepage._callbacks import refuse_in_callback
 from latepage.memory import PageState, Region
 from latepage.stats import Reason, Stats, TraceEntry, from_engine
 
@@ -148,7 +149,10 @@ class Session:
 
         Raises:
             SessionError: the session ended before.
+            PagerError: it was called by a callback of a source or a policy.
         """
+        if timeout != 0:
+            refuse_in_callback("Session.wait_populated")
         return self._native.wait_populated(timeout)
 
     def __repr__(self) -> str:

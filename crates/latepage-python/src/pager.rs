@@ -3,15 +3,16 @@
 use std::collections::BTreeMap;
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use latepage::pager::{Config, Pager as Engine};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
+use crate::callback::Follower;
 use crate::errors::{Place, listen_error, raise};
 use crate::session::Session;
-use crate::source::FileSource;
+use crate::source::{AnySource, Queued};
 use crate::stats::{self, StatsFields};
 use crate::{events, policy, sys};
 
@@ -19,6 +20,8 @@ use crate::{events, policy, sys};
 #[pyclass(frozen, module = "latepage._core")]
 pub(crate) struct Pager {
     engine: Arc<Engine>,
+    /// Sources of callbacks that it listens with.
+    queues: Mutex<Vec<Queued>>,
 }
 
 #[pymethods]
@@ -42,19 +45,35 @@ impl Pager {
         let engine = py.detach(|| Engine::start(config)).map_err(|error| {
             failed(&format!("the pager's threads cannot start: {error}"), "clone", error.raw_os_error())
         })?;
-        Ok(Self { engine: Arc::new(engine) })
+        Ok(Self { engine: Arc::new(engine), queues: Mutex::new(Vec::new()) })
     }
 
+    #[pyo3(signature = (path, source, policy, follower=None))]
     fn listen(
         &self,
         py: Python<'_>,
         path: PathBuf,
-        source: &FileSource,
+        source: AnySource<'_>,
         policy: &Bound<'_, PyDict>,
+        follower: Option<&Follower>,
     ) -> PyResult<()> {
         let policy = policy::from_python(policy)?;
-        let source = Arc::clone(&source.source);
-        py.detach(|| self.engine.listen(&path, source, policy)).map_err(|error| listen_error(py, &error))
+        let (source, queue) = source.for_pager(&self.queues);
+        if let Some(follower) = follower {
+            // It is made for one socket, and was given to none before.
+            let _ = follower.engine.set(Arc::downgrade(&self.engine));
+        }
+        let listened = py.detach(|| match follower {
+            None => self.engine.listen(&path, Arc::clone(&source), policy),
+            Some(follower) => {
+                let following = Arc::clone(&follower.following);
+                self.engine.listen_and_follow(&path, Arc::clone(&source), policy, following)
+            }
+        });
+        if listened.is_ok() {
+            self.queues.lock().unwrap_or_else(PoisonError::into_inner).extend(queue);
+        }
+        listened.map_err(|error| listen_error(py, &error))
     }
 
     fn sessions(&self) -> Vec<Session> {

@@ -27,6 +27,7 @@ pub(crate) fn from_python(fields: &Bound<'_, PyDict>) -> PyResult<Policy> {
         handshake_timeout: seconds(fields, "handshake_timeout")?,
         allow_uids: (!allow_uids.is_empty()).then_some(allow_uids),
         mode: field(fields, "mode")?,
+        owner: field(fields, "owner")?,
         detach_when_full: field(fields, "detach_when_full")?,
         trace: field(fields, "trace")?,
     })

@@ -39,20 +39,28 @@ impl Session {
         )
     }
 
+    pub(crate) fn served(&self) -> &Arc<Served> {
+        &self.served
+    }
+
     /// The pages that a range of the snapshot covers; it may go over several regions.
     fn pages_of(&self, py: Python<'_>, offset: u64, size: u64) -> PyResult<Vec<Range<u32>>> {
-        let layout = self.served.layout();
-        let missing = |at| {
+        self.find_pages(offset, size).map_err(|at| {
             self.error(py, &format!("{}: its memory has no offset {at:#x}", self.served.name()), Some(at))
-        };
-        let end = offset.checked_add(size).ok_or_else(|| missing(u64::MAX))?;
+        })
+    }
+
+    /// The same; or the first offset that is not in the VM's memory.
+    pub(crate) fn find_pages(&self, offset: u64, size: u64) -> Result<Vec<Range<u32>>, u64> {
+        let layout = self.served.layout();
+        let end = offset.checked_add(size).ok_or(u64::MAX)?;
         let mut found = Vec::new();
         let mut at = offset;
         while at < end {
-            let first = layout.find_offset(at).ok_or_else(|| missing(at))?;
+            let first = layout.find_offset(at).ok_or(at)?;
             let region = &layout.regions()[layout.place(first).region];
             let until = end.min(region.offset + region.size);
-            let last = layout.find_offset(until - 1).ok_or_else(|| missing(until - 1))?;
+            let last = layout.find_offset(until - 1).ok_or(until - 1)?;
             found.push(first..last + 1);
             at = until;
         }

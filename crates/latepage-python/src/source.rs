@@ -1,11 +1,13 @@
 //! Sources, as Python holds them.
 
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
+use latepage::source::queue::RequestQueue;
 use latepage::source::{FileSource as MemoryFile, Source};
 use pyo3::prelude::*;
 
+use crate::callback::CallbackSource;
 use crate::errors::source_error;
 
 /// A memory file that is open for serving.
@@ -24,6 +26,33 @@ impl FileSource {
 
     fn describe(&self) -> String {
         self.source.describe()
+    }
+}
+
+/// Whatever a pager can listen with.
+#[derive(FromPyObject)]
+pub(crate) enum AnySource<'py> {
+    File(PyRef<'py, FileSource>),
+    Callback(PyRef<'py, CallbackSource>),
+}
+
+/// A queue, and the source of it that a pager listens with.
+pub(crate) type Queued = (Arc<RequestQueue>, Arc<dyn Source>);
+
+impl AnySource<'_> {
+    /// The engine's source for a pager that has these already, and what it has not had yet. A queue has one source for each
+    /// pager, so that the end of a pager ends what it waits for, and nothing else.
+    pub(crate) fn for_pager(&self, known: &Mutex<Vec<Queued>>) -> (Arc<dyn Source>, Option<Queued>) {
+        let queue = match self {
+            Self::File(file) => return (Arc::clone(&file.source), None),
+            Self::Callback(callback) => &callback.queue,
+        };
+        let known = known.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, source)) = known.iter().find(|(same, _)| Arc::ptr_eq(same, queue)) {
+            return (Arc::clone(source), None);
+        }
+        let source: Arc<dyn Source> = Arc::new(queue.source());
+        (Arc::clone(&source), Some((Arc::clone(queue), source)))
     }
 }
 

@@ -16,6 +16,7 @@ use super::Shared;
 use super::bell::Bell;
 use super::condemned::{Condemned, sentence};
 use super::events::What;
+use super::follow::Following;
 use super::listener::ListeningSocket;
 use crate::attachment::{Fed, Incoming, Refusal, RefusalReason};
 use crate::session::{OnMissing, Policy};
@@ -29,6 +30,8 @@ const BELL: u64 = 0;
 const TICK: Duration = Duration::from_secs(1);
 /// While something is under way that should be noticed soon.
 const SHORT_TICK: Duration = Duration::from_millis(50);
+/// How long a VM whose population a program directs is looked at often, after it has touched something.
+const LIVELY: Duration = Duration::from_secs(1);
 /// Handshakes under way at once; further peers wait in the socket's queue.
 const HANDSHAKES: usize = 256;
 
@@ -43,6 +46,8 @@ pub(super) struct Listener {
     pub(super) path: String,
     pub(super) source: Arc<dyn Source>,
     pub(super) policy: Policy,
+    /// Who says what is populated, where it is a program.
+    pub(super) following: Option<Arc<Following>>,
 }
 
 /// The side of the attendant that other threads see.
@@ -68,6 +73,7 @@ impl Attendant {
             handshakes: 0,
             paused: false,
             warned: false,
+            lively_until: Instant::now(),
             messages: MessageBuffer::new(64),
             bytes: vec![0; 64 << 10].into_boxed_slice(),
         };
@@ -120,6 +126,8 @@ struct Thread {
     paused: bool,
     /// That nobody can be accepted has been said since somebody last was.
     warned: bool,
+    /// VMs that are followed were busy just now: what they touch next is told soon.
+    lively_until: Instant,
     messages: MessageBuffer,
     bytes: Box<[u8]>,
 }
@@ -158,7 +166,8 @@ impl Thread {
 
     fn tick_length(&self) -> Duration {
         let soon = |entry: &Entry| !matches!(entry, Entry::Listening(..));
-        let busy = self.paused || self.entries.values().any(soon);
+        let lively = self.lively_until > Instant::now();
+        let busy = lively || self.paused || self.entries.values().any(soon);
         let stall =
             self.listeners.iter().map(|listener| listener.policy.stall_warning / 4).min().unwrap_or(TICK);
         if busy { SHORT_TICK } else { stall.clamp(SHORT_TICK, TICK) }
@@ -358,6 +367,8 @@ impl Thread {
                     let refused = shared.admit(hello, socket, peer, process, &listener);
                     if let Some((refusal, socket, process, name)) = refused {
                         self.condemn(shared, &listener, peer, process, socket, refusal, name);
+                    } else if listener.following.is_some() {
+                        self.lively_until = Instant::now() + LIVELY;
                     }
                     return;
                 }
@@ -459,6 +470,11 @@ impl Thread {
         }
         for listener in &self.listeners {
             self.look_after(shared, listener);
+        }
+        let followings = self.listeners.iter().filter_map(|listener| listener.following.as_ref());
+        // Each is looked at: no `any`, which stops at the first.
+        if followings.filter(|following| following.look()).count() > 0 {
+            self.lively_until = now + LIVELY;
         }
     }
 

@@ -32,6 +32,18 @@ pub enum ListenError {
         /// Its length in bytes.
         length: usize,
     },
+    /// Only root gives files away.
+    #[error("socket {path}: it cannot be given to {uid}:{gid}: {errno}; that takes root (CAP_CHOWN): run as root, or leave --owner out", path = path.display())]
+    Owner {
+        /// The path.
+        path: PathBuf,
+        /// The user.
+        uid: u32,
+        /// The group.
+        gid: u32,
+        /// What the kernel said.
+        errno: Errno,
+    },
     /// A call failed.
     #[error("socket {path}: {call}: {errno}", path = path.display())]
     Call {
@@ -63,7 +75,7 @@ pub(super) struct ListeningSocket {
 const LONGEST_PATH: usize = 107;
 
 impl ListeningSocket {
-    pub(super) fn bind(path: &Path, mode: u32) -> Result<Self, ListenError> {
+    pub(super) fn bind(path: &Path, mode: u32, owner: Option<(u32, u32)>) -> Result<Self, ListenError> {
         let owned = || path.to_owned();
         let call = |call| move |errno| ListenError::Call { path: path.to_owned(), call, errno };
         let length = path.as_os_str().len();
@@ -104,6 +116,14 @@ impl ListeningSocket {
         let identity = std::fs::symlink_metadata(path).ok().map(|there| (there.dev(), there.ino()));
         let made = Self { fd, path: owned(), identity };
         // Nobody can connect before listen(2), so nobody does with other rights than these.
+        if let Some((uid, gid)) = owner {
+            std::os::unix::fs::lchown(path, Some(uid), Some(gid)).map_err(|error| ListenError::Owner {
+                path: owned(),
+                uid,
+                gid,
+                errno: Errno::from_io_error(&error).unwrap_or(Errno::IO),
+            })?;
+        }
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))
             .map_err(|error| call("chmod")(Errno::from_io_error(&error).unwrap_or(Errno::IO)))?;
         rustix::net::listen(&made.fd, 1024).map_err(call("listen"))?;

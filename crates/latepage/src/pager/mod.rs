@@ -5,6 +5,7 @@
 //! | worker | one a core, four at most | serves faults; never blocks on a source, a log or Python |
 //! | reader | four | reads what a source did not have at hand |
 //! | populator | one | brings pages before anyone asks |
+//! | lane | as many as its source says | both, for one source that may take long: see `lanes.rs` |
 //! | let-go | one | unregisters VMs that have all their memory; it never waits for a source |
 //! | attendant | one | handshakes, refused peers, stalls, sources |
 //! | log | one, where a log is wanted | writes JSON lines |
@@ -13,6 +14,9 @@ mod attendant;
 mod bell;
 mod condemned;
 mod events;
+mod follow;
+mod host;
+mod lanes;
 mod listener;
 mod pool;
 mod worker;
@@ -26,19 +30,21 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use rustix::io::Errno;
+
 use crate::attachment::{Hello, Refusal, RefusalReason};
-use crate::session::{
-    Action, End, Host, LetGo, Peer as SessionPeer, Policy, Population, Report, Scratch, Session,
-};
+use crate::session::{Action, End, Host, LetGo, Peer as SessionPeer, Policy, Population, Scratch, Session};
 use crate::source::Source;
 use crate::stats::StatsSnapshot;
 use crate::sys::pidfd::{Peer, PidFd};
 use attendant::{Attendant, Listener};
+use lanes::{Lane, Lanes};
 use listener::ListeningSocket;
 use pool::{Job, Pool};
 use worker::Worker;
 
 pub use events::{Event, Events, What};
+pub use follow::{Following, Touched};
 pub use listener::ListenError;
 
 /// How a pager is made.
@@ -74,10 +80,11 @@ struct Shared {
     /// A session has become full, or is gone.
     changed: Condvar,
     workers: OnceLock<Vec<Arc<Worker>>>,
-    readers: Arc<Pool>,
-    populators: Arc<Pool>,
+    lanes: Lanes,
     detachers: Arc<Pool>,
     attendant: Attendant,
+    /// Programs that direct population.
+    followings: Mutex<Vec<Arc<Following>>>,
     next: AtomicU64,
     /// Held while a VM is let in, and while the pager becomes one that lets no more in: no VM falls between.
     door: Mutex<()>,
@@ -115,10 +122,10 @@ impl Pager {
             sessions: Mutex::new(Sessions { live: BTreeMap::new(), ended: StatsSnapshot::default() }),
             changed: Condvar::new(),
             workers: OnceLock::new(),
-            readers,
-            populators,
+            lanes: Lanes::new(Lane { readers, populators }),
             detachers,
             attendant,
+            followings: Mutex::new(Vec::new()),
             next: AtomicU64::new(1),
             door: Mutex::new(()),
             draining: AtomicBool::new(false),
@@ -152,17 +159,51 @@ impl Pager {
     /// # Errors
     /// [`ListenError`]: the path is taken, or no path for a socket; the pager is draining.
     pub fn listen(&self, path: &Path, source: Arc<dyn Source>, policy: Policy) -> Result<(), ListenError> {
+        self.listen_and(path, source, policy, None)
+    }
+
+    /// As [`listen`](Self::listen), and has a program say what is populated: it asks `following` what the VMs touch, and answers with
+    /// [`populate_next`](Self::populate_next). `policy.trace` says how much may be touched between two looks.
+    ///
+    /// # Errors
+    /// As of [`listen`](Self::listen).
+    pub fn listen_and_follow(
+        &self,
+        path: &Path,
+        source: Arc<dyn Source>,
+        policy: Policy,
+        following: Arc<Following>,
+    ) -> Result<(), ListenError> {
+        self.listen_and(path, source, policy, Some(following))
+    }
+
+    fn listen_and(
+        &self,
+        path: &Path,
+        source: Arc<dyn Source>,
+        policy: Policy,
+        following: Option<Arc<Following>>,
+    ) -> Result<(), ListenError> {
+        // Closed meanwhile, the pager would not know of the threads that are started here.
+        let _door = self.shared.door();
         if self.shared.draining.load(Ordering::Acquire) {
             return Err(ListenError::Draining { path: path.to_owned() });
         }
-        let socket = ListeningSocket::bind(path, policy.mode)?;
+        let socket = ListeningSocket::bind(path, policy.mode, policy.owner)?;
+        let threads = self.shared.lanes.open(&source).map_err(|error| ListenError::Call {
+            path: path.to_owned(),
+            call: "clone",
+            errno: Errno::from_io_error(&error).unwrap_or(Errno::AGAIN),
+        })?;
+        self.threads().extend(threads);
         let path = socket.path().display().to_string();
         self.shared.events.emit(What::Listening {
             socket: path.clone(),
             source: source.describe(),
             size: source.size(),
         });
-        self.shared.attendant.listen(Arc::new(Listener { path, source, policy }), socket);
+        self.shared.followings().extend(following.clone());
+        self.shared.attendant.listen(Arc::new(Listener { path, source, policy, following }), socket);
         Ok(())
     }
 
@@ -193,7 +234,28 @@ impl Pager {
 
     /// Has pages brought ahead of their faults; faults still go first. Returns at once.
     pub fn populate(&self, session: &Arc<Session>, ranges: impl IntoIterator<Item = Range<u32>>) {
-        self.shared.populators.submit(Job::Populate(Arc::clone(session), ranges.into_iter().collect()));
+        let job = Job::Populate(Arc::clone(session), ranges.into_iter().collect());
+        self.shared.lanes.of(session).populators.submit(job);
+    }
+
+    /// Has pages brought next, before all that was named for this VM in this way and has not come yet. Returns at once. Without
+    /// effect where the VM is not followed, or its population has met an error.
+    pub fn populate_next(
+        &self,
+        following: &Following,
+        session: &Arc<Session>,
+        ranges: impl IntoIterator<Item = Range<u32>>,
+    ) {
+        if let Some(plan) = following.plan(session)
+            && plan.add(ranges.into_iter().collect())
+        {
+            self.shared.lanes.of(session).populators.submit(Job::Follow(Arc::clone(session), plan));
+        }
+    }
+
+    /// Tells of something among the events and in the log: for a program that makes the pager do what it does.
+    pub fn warn(&self, what: String) {
+        self.shared.events.emit(What::Warning { what });
     }
 
     /// Waits until a VM has all its memory, or is gone, or the time is over. Returns whether it has all its memory.
@@ -301,6 +363,10 @@ impl Shared {
         self.sessions().live.values().cloned().collect()
     }
 
+    fn followings(&self) -> MutexGuard<'_, Vec<Arc<Following>>> {
+        self.followings.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn door(&self) -> MutexGuard<'_, ()> {
         self.door.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -360,6 +426,9 @@ impl Shared {
         if let Some(worker) = self.worker(id) {
             worker.adopt(Arc::clone(&session));
         }
+        if let Some(following) = &listener.following {
+            following.adopt(Arc::clone(&session));
+        }
         if session.policy().population == Population::Background {
             self.bring_all(session);
         }
@@ -375,7 +444,7 @@ impl Shared {
     }
 
     fn bring_all(&self, session: Arc<Session>) {
-        self.populators.submit(Job::PopulateAll(session, 0));
+        self.lanes.of(&session).populators.submit(Job::PopulateAll(session, 0));
     }
 
     /// Brings all that is lacking to the sessions that `which` names.
@@ -427,12 +496,14 @@ impl Shared {
 
     /// A session is over and taken down.
     fn farewell(&self, session: &Arc<Session>) {
-        let stats = session.stats().snapshot();
-        {
+        let stats = {
             let mut sessions = self.sessions();
+            // Taken where `totals` cannot come between: no total ever goes back.
+            let stats = session.stats().snapshot();
             sessions.live.remove(&session.id());
             sessions.ended.merge(&stats);
-        }
+            stats
+        };
         let vm = session.name().to_owned();
         let reason = match session.end() {
             Some(End::Detached) => {
@@ -467,80 +538,12 @@ impl Shared {
 
     fn stop(&self) {
         self.attendant.stop();
-        self.readers.stop();
-        self.populators.stop();
+        self.lanes.stop();
         self.detachers.stop();
+        let followings = std::mem::take(&mut *self.followings());
+        followings.iter().for_each(|following| following.end());
         for worker in self.workers.get().into_iter().flatten() {
             worker.stop();
-        }
-    }
-}
-
-impl Host for Shared {
-    fn report(&self, session: &Session, report: Report) {
-        let vm = || session.name().to_owned();
-        let at = |page| session.layout().place(page).hva;
-        match report {
-            Report::Full => {
-                let counters = session.stats().counters.snapshot();
-                self.events.emit(What::Populated {
-                    vm: vm(),
-                    seconds: session.started().elapsed().as_secs_f64(),
-                    faults: counters.faults,
-                    failed: counters.failures,
-                });
-                // Under the lock, so that nobody who waits falls between looking and sleeping.
-                drop(self.sessions());
-                self.changed.notify_all();
-                if session.policy().detach_when_full && session.may_detach()
-                    || self.draining.load(Ordering::Acquire)
-                {
-                    self.let_go(session);
-                }
-            }
-            Report::Failed { hva, page, reason, action } => {
-                self.events.emit(What::Failed {
-                    vm: vm(),
-                    address: hva,
-                    page,
-                    reason,
-                    action: action.to_string(),
-                });
-            }
-            Report::PopulationStopped { page, reason } => {
-                self.events.emit(What::PopulationStopped { vm: vm(), address: at(page), reason });
-                if self.draining.load(Ordering::Acquire) {
-                    let reason =
-                        "its memory cannot be had from the source; what it has is served until it ends";
-                    self.events.emit(What::WaitingFor { vm: vm(), reason });
-                }
-            }
-            Report::Stalled { hva, age } => {
-                self.events.emit(What::Stall { vm: vm(), address: hva, age: age.as_secs_f64() });
-            }
-            Report::NoMemory { hva } => {
-                self.events.emit(What::NoMemory { vm: vm(), address: hva });
-                if self.draining.load(Ordering::Acquire) {
-                    let reason = "the machine has no page for it";
-                    self.events.emit(What::WaitingFor { vm: vm(), reason });
-                }
-            }
-            Report::Surprise(what) => self.events.emit(What::Surprise { vm: vm(), what }),
-            Report::Over(_) => {
-                if let Some(worker) = self.worker(session.id()) {
-                    worker.take_down(session.id());
-                }
-            }
-        }
-    }
-
-    fn read_later(&self, session: &Arc<Session>, page: u32) {
-        self.readers.submit(Job::Read(Arc::clone(session), page));
-    }
-
-    fn nudge(&self, session: &Session) {
-        if let Some(worker) = self.worker(session.id()) {
-            worker.look_at(session.id());
         }
     }
 }

@@ -6,6 +6,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use super::follow::Plan;
 use crate::session::{LetGo, Scratch, Session, Sliced};
 
 /// How long to wait after the kernel refused a call for now.
@@ -23,6 +24,8 @@ pub(super) enum Job {
     Populate(Arc<Session>, VecDeque<Range<u32>>),
     /// All that a session is owed, from this page on; and again from the first, until nothing is owed.
     PopulateAll(Arc<Session>, u32),
+    /// What a program said is to come next, and goes on saying.
+    Follow(Arc<Session>, Arc<Plan>),
     /// A full session may go.
     Detach(Arc<Session>),
 }
@@ -40,10 +43,7 @@ pub(super) struct Pool {
 }
 
 impl Pool {
-    pub(super) fn start(
-        name: &'static str,
-        threads: usize,
-    ) -> std::io::Result<(Arc<Self>, Vec<JoinHandle<()>>)> {
+    pub(super) fn start(name: &str, threads: usize) -> std::io::Result<(Arc<Self>, Vec<JoinHandle<()>>)> {
         let state = State { jobs: VecDeque::new(), later: Vec::new(), stop: false };
         let pool = Arc::new(Self { state: Mutex::new(state), more: Condvar::new() });
         let handles = (0..threads.max(1))
@@ -98,6 +98,8 @@ impl Pool {
         let mut scratch = Scratch::new();
         while let Some(job) = self.next() {
             match job {
+                // A VM that has gone meanwhile waits for nothing.
+                Job::Read(session, _) if session.end().is_some() => {}
                 Job::Read(session, page) => session.finish_read(page, &mut scratch),
                 Job::Detach(session) => {
                     if session.detach(&mut scratch) == LetGo::NotYet {
@@ -106,6 +108,7 @@ impl Pool {
                 }
                 Job::Populate(session, ranges) => self.populate(session, ranges, &mut scratch),
                 Job::PopulateAll(session, from) => self.populate_all(session, from, &mut scratch),
+                Job::Follow(session, plan) => self.follow(session, plan, &mut scratch),
             }
         }
     }
@@ -124,6 +127,22 @@ impl Pool {
             Sliced::Wait => self.submit_later(Job::Populate(session, ranges), REFUSED),
             Sliced::Starved => self.submit_later(Job::Populate(session, ranges), STARVED),
             Sliced::Stopped => {}
+        }
+    }
+
+    fn follow(&self, session: Arc<Session>, plan: Arc<Plan>, scratch: &mut Scratch) {
+        let Some((number, mut range)) = plan.take() else { return };
+        match session.populate(&mut range, scratch) {
+            Sliced::Done => self.submit(Job::Follow(session, plan)),
+            Sliced::Stopped => plan.stop(),
+            more => {
+                plan.put_back(number, range);
+                match more {
+                    Sliced::Wait => self.submit_later(Job::Follow(session, plan), REFUSED),
+                    Sliced::Starved => self.submit_later(Job::Follow(session, plan), STARVED),
+                    _ => self.submit(Job::Follow(session, plan)),
+                }
+            }
         }
     }
 

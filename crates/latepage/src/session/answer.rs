@@ -1,18 +1,23 @@
 //! Parts of a source's answer, page by page.
 
+use std::any::Any;
 use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use crate::source::{Answer, SourceError};
 
-/// What a source answered, if a source may answer that: whole pages, one at least, no more than were asked for.
+/// What a source answers when `ask` asks it, if a source may answer that: whole pages, one at least, no more than were asked for.
 ///
-/// A source may be anybody's. One that breaks its promise fails its own page, and takes no thread of ours with it.
-pub(super) fn checked(
-    answered: Result<Answer<'_>, SourceError>,
+/// A source may be anybody's. One that breaks its promise, or panics, fails its own page, and takes no thread of ours with it.
+pub(super) fn checked<'a>(
+    ask: impl FnOnce() -> Result<Answer<'a>, SourceError>,
     asked: usize,
     unit: usize,
     may_be_later: bool,
-) -> Result<Answer<'_>, String> {
+) -> Result<Answer<'a>, String> {
+    // What it leaves behind in the scratch is not looked at, and what it leaves behind in itself is its own affair.
+    let answered = catch_unwind(AssertUnwindSafe(ask))
+        .unwrap_or_else(|panic| Err(SourceError::Panicked { message: message_of(&*panic) }));
     let answer = answered.map_err(|error| error.to_string())?;
     let covered = match answer {
         Answer::Bytes(bytes) => bytes.len() as u64,
@@ -28,6 +33,11 @@ pub(super) fn checked(
         ));
     }
     Ok(answer)
+}
+
+fn message_of(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().copied().or_else(|| panic.downcast_ref().map(String::as_str));
+    text.unwrap_or("without a word").to_owned()
 }
 
 impl Answer<'_> {

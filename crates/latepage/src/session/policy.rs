@@ -38,6 +38,8 @@ pub struct Policy {
     pub allow_uids: Option<Vec<u32>>,
     /// Permission bits of the socket.
     pub mode: u32,
+    /// User and group whom the socket's file is given to; `None` leaves it ours.
+    pub owner: Option<(u32, u32)>,
     /// Whether a VM that has all its memory is let go.
     pub detach_when_full: bool,
     /// Entries of the trace ring, 16 bytes each; 0 keeps no trace.
@@ -54,6 +56,7 @@ impl Default for Policy {
             handshake_timeout: Duration::from_secs(5),
             allow_uids: None,
             mode: 0o660,
+            owner: None,
             detach_when_full: false,
             trace: 1024,
         }

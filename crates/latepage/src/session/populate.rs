@@ -50,8 +50,9 @@ impl Session {
 
         let mut bytes = std::mem::take(&mut scratch.reading);
         let asked = pages as usize * unit as usize;
-        let answer = self.source.wait(place.offset, asked, unit as usize, &mut bytes);
-        let sliced = match checked(answer, asked, unit as usize, false) {
+        let (source, wide) = (&self.source, unit as usize);
+        let answer = checked(|| source.wait_ahead(place.offset, asked, wide, &mut bytes), asked, wide, false);
+        let sliced = match answer {
             Ok(answer) => self.install_slices(absent.start, answer, unit, range, scratch),
             Err(reason) => {
                 self.host.report(self, Report::PopulationStopped { page: absent.start, reason });

@@ -27,7 +27,7 @@ impl Session {
         while at < end {
             let offset = place.offset + u64::from(at - page) * unit as u64;
             let length = ((end - at) as usize * unit).min(bytes.len());
-            match checked(self.source.ask(offset, length, unit, bytes), length, unit, true) {
+            match checked(|| self.source.ask(offset, length, unit, bytes), length, unit, true) {
                 Ok(answer) if answer != Answer::Later => {
                     let run = at..at + answer.pages(unit);
                     at = run.end;
@@ -76,7 +76,7 @@ impl Session {
         // The buffer leaves the scratch for as long as contents lie in it: whoever serves inside needs one too.
         let mut bytes = std::mem::take(&mut scratch.reading);
         let asked = pages * unit;
-        let answer = checked(self.source.wait(place.offset, asked, unit, &mut bytes), asked, unit, false);
+        let answer = checked(|| self.source.wait(place.offset, asked, unit, &mut bytes), asked, unit, false);
         self.inside(scratch, |core, scratch| {
             let Some(waiting) = core.waiting.redeem(page) else { return };
             match (self.pages.state(page), answer) {
@@ -89,6 +89,8 @@ impl Session {
                     let wait = Wait { since: waiting.since, result: FaultResult::Deferred };
                     self.put(core, page..end, answer, Some((page, wait)));
                 }
+                // Nobody is owed it any more: the VM has gone, or its pager was closed while the source was waited for.
+                (PageState::InFlight, Err(_)) if self.end().is_some() => {}
                 (PageState::InFlight, Err(error)) => self.fail(core, page, waiting.since, &error),
                 // Discarded while it was read, or already there: it is looked at afresh.
                 (state, _) => {

@@ -93,4 +93,22 @@ pub enum SourceError {
         /// What differs: its size, or its time of modification.
         how: &'static str,
     },
+    /// A program that supplies the contents could not.
+    #[error("{what}: {reason}; asked for {length} bytes at offset {offset:#x}")]
+    Foreign {
+        /// The source, as [`describe`](super::Source::describe) has it.
+        what: String,
+        /// Bytes from the start of the memory.
+        offset: u64,
+        /// Bytes.
+        length: u64,
+        /// In one line.
+        reason: String,
+    },
+    /// The code of the source has a fault.
+    #[error("the source has a fault: it panicked: {message}")]
+    Panicked {
+        /// What the panic said.
+        message: String,
+    },
 }

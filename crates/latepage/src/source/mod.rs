@@ -1,4 +1,4 @@
-//! Where a page's contents come from: the trait, and a memory file.
+//! Where a page's contents come from: the trait, a memory file, and a queue of requests that other threads answer.
 //!
 //! A [`Source`] says at once what it has at hand ([`Answer::Bytes`]), that a range is zero without reading it
 //! ([`Answer::Zero`]), or that it would have to wait ([`Answer::Later`]): then the pager asks again on an I/O thread with
@@ -12,6 +12,7 @@ mod extents;
 mod file;
 mod lease;
 mod notice;
+pub mod queue;
 #[cfg(test)]
 mod tests;
 
@@ -31,6 +32,21 @@ pub enum Answer<'a> {
     Zero(u64),
     /// It would have to wait: ask again with [`Source::wait`], on a thread that may.
     Later,
+}
+
+/// On which of a pager's threads a source is waited for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Lane {
+    /// On those that all sources share: for one whose answers take about as long as a device's.
+    #[default]
+    Shared,
+    /// On threads of its own, so that however long it takes, and should it never answer, only its own VMs wait.
+    Own {
+        /// Threads that wait for pages that a fault asked for: so many requests are under way at once.
+        readers: usize,
+        /// Threads that wait for pages that nobody has asked for yet: so many VMs are populated at once.
+        populators: usize,
+    },
 }
 
 /// Supplies the contents of guest memory.
@@ -81,6 +97,30 @@ pub trait Source: Send + Sync {
         unit: usize,
         scratch: &'a mut [u8],
     ) -> Result<Answer<'a>, SourceError>;
+
+    /// As [`wait`](Self::wait), for pages that nobody waits for yet: a source that must choose serves the others first.
+    ///
+    /// # Errors
+    /// What cannot be supplied: see [`SourceError`].
+    fn wait_ahead<'a>(
+        &'a self,
+        offset: u64,
+        length: usize,
+        unit: usize,
+        scratch: &'a mut [u8],
+    ) -> Result<Answer<'a>, SourceError> {
+        self.wait(offset, length, unit, scratch)
+    }
+
+    /// On which threads a pager is to wait for it. Asked once, when it is listened with.
+    fn lane(&self) -> Lane {
+        Lane::Shared
+    }
+
+    /// The pager that it was given to has ended: whoever is inside [`wait`](Self::wait) comes back with an error, as soon as
+    /// can be, and so does whoever calls it afterwards. A source with a lane of its own should see to that; the threads of one
+    /// that does not are left behind after some seconds.
+    fn close(&self) {}
 
     /// Looks after itself, about once a second and off the path of a fault. Each notice is given once.
     fn check(&self) -> Vec<SourceNotice> {

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use latepage::source::{Answer, Source, SourceError};
+use latepage::source::{Answer, Lane, Source, SourceError};
 use rustix::io::Errno;
 
 use super::{Latch, PAGE};
@@ -34,6 +34,10 @@ pub struct Snapshot {
     pub asked: AtomicU64,
     /// Answers shorter than a page, as no source may.
     pub short: bool,
+    /// A small page at which it panics, as no source may either.
+    pub panics_at: Option<u64>,
+    /// On which of a pager's threads it is waited for.
+    pub lane: Lane,
 }
 
 impl Snapshot {
@@ -47,6 +51,8 @@ impl Snapshot {
             waited_for: Latch::default(),
             asked: AtomicU64::new(0),
             short: false,
+            panics_at: None,
+            lane: Lane::Shared,
         }
     }
 
@@ -56,6 +62,14 @@ impl Snapshot {
 
     pub fn lying(self) -> Self {
         Self { short: true, ..self }
+    }
+
+    pub fn panicking(self, page: u64) -> Self {
+        Self { panics_at: Some(page), ..self }
+    }
+
+    pub fn with_lane(self, readers: usize, populators: usize) -> Self {
+        Self { lane: Lane::Own { readers, populators }, ..self }
     }
 
     pub fn cold(self, pages: impl IntoIterator<Item = u64>) -> Self {
@@ -102,6 +116,7 @@ impl Snapshot {
         }
         let (first, pages, per_unit) = (offset / PAGE as u64, (length / PAGE) as u64, (unit / PAGE) as u64);
         let whole = |pages: u64| pages / per_unit * per_unit;
+        assert!(self.panics_at != Some(first), "page {first} makes it panic");
         let sound = whole(Self::run(&self.broken, first, pages));
         if sound == 0 {
             return Err(SourceError::Read { path: PathBuf::from("snapshot"), offset, errno: Errno::IO });
@@ -147,5 +162,13 @@ impl Source for Snapshot {
         scratch: &'a mut [u8],
     ) -> Result<Answer<'a>, SourceError> {
         self.answer(offset, length, unit, scratch, true)
+    }
+
+    fn lane(&self) -> Lane {
+        self.lane
+    }
+
+    fn close(&self) {
+        self.thaw.open();
     }
 }
