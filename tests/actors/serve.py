@@ -49,6 +49,11 @@ class Serve(LineProcess):
         """Its mappings of memory files, a line each."""
         return [line for line in Path(f"/proc/{self.pid}/maps").read_text().splitlines() if "memfd:" in line]
 
+    def held(self) -> tuple[list[str], int, list[str]]:
+        """What it holds for its VMs and for itself: descriptors, how many threads, mappings of memory files."""
+        # A thread that was only just made may not have its name yet.
+        return sorted(self.descriptors().values()), len(self.threads()), self.mappings()
+
     def resident(self) -> int:
         """Bytes of its anonymous resident memory."""
         status = Path(f"/proc/{self.pid}/status").read_text()
