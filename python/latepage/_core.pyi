@@ -10,6 +10,7 @@ from typing import Any, TypeAlias, final
 __all__ = [
     "LATENCY_BOUNDS",
     "PAGE_STATES",
+    "Arrivals",
     "CallbackSource",
     "FileSource",
     "Follower",
@@ -34,9 +35,7 @@ PAGE_STATES: list[str]
 LATENCY_BOUNDS: list[int]
 
 # Counters; (count, mean, p50, p99, longest), in ns; (class, result, cumulative counts, count, sum in ns).
-_Stats: TypeAlias = tuple[
-    dict[str, int], tuple[int, float, int, int, int], list[tuple[str, str, list[int], int, int]]
-]
+_Stats: TypeAlias = tuple[dict[str, int], tuple[int, float, int, int, int], list[tuple[str, str, list[int], int, int]]]
 
 @final
 class FileSource:
@@ -99,13 +98,17 @@ class Pager:
         follower: Follower | None = None,
     ) -> None: ...
     def sessions(self) -> list[Session]: ...
-    def sessions_after(self, id: int) -> list[Session]: ...
+    def arrivals(self) -> Arrivals: ...
     def stats(self) -> _Stats: ...
     def take_events(self, limit: int) -> list[dict[str, Any]]: ...
     def events_told(self) -> dict[str, int]: ...
     def event_descriptor(self) -> int: ...
     def drain(self) -> None: ...
     def close(self) -> list[str]: ...
+
+@final
+class Arrivals:
+    def take(self) -> list[Session]: ...
 
 @final
 class Session:

@@ -84,9 +84,10 @@ class Policy:
             raise PolicyError(f"trace is {self.trace}: give a number of entries, from 0 (none) to 2^30")
         if not 0 <= self.mode <= 0o777:
             raise PolicyError(f"mode is {self.mode:#o}: give the permissions of a file, as in 0660")
-        if self.owner is not None:
-            if tuple(map(type, self.owner)) != (int, int) or any(not 0 <= number < (1 << 32) - 1 for number in self.owner):
-                raise PolicyError(f"owner is {self.owner}: give a user's and a group's number, as in (1000, 1000)")
+        if self.owner is not None and (
+            tuple(map(type, self.owner)) != (int, int) or any(not 0 <= number < (1 << 32) - 1 for number in self.owner)
+        ):
+            raise PolicyError(f"owner is {self.owner}: give a user's and a group's number, as in (1000, 1000)")
         if any(uid < 0 or uid >= 1 << 32 for uid in self.allow_uids):
             raise PolicyError("allow_uids has a number that is no user's id")
 

@@ -96,6 +96,18 @@ def test_a_pagers_totals_never_go_back_when_a_vm_ends(pager: Pager, vm: Peer) ->
         assert (histogram.sum > 0) == (histogram.count > 0)
 
 
+def test_poison_with_firecracker_is_warned_of_once(folder: Path, memory_file: Path, peer: Callable[[], Peer]) -> None:
+    with Pager() as pager:
+        pager.listen(folder / "poison.sock", open_source(memory_file), Policy(on_missing="poison"))
+        for form in ("latepage", "firecracker", "firecracker"):
+            vm = peer()
+            vm.map(SIZE)
+            vm.introduce(folder / "poison.sock", form=form)
+            wait_for(pager, SessionStarted)
+        told = pager.events_told
+    assert (told["session-started"], told["warning"]) == (3, 1)
+
+
 def test_pages_can_be_brought_ahead_of_their_faults(pager: Pager, vm: Peer) -> None:
     session = pager.session("vm-7")
     assert not session.wait_populated(timeout=0)

@@ -148,7 +148,7 @@ def test_what_is_not_there_is_404(server: StatusServer, path: str) -> None:
     assert b"/metrics" in content
 
 
-@pytest.mark.parametrize("cells", ["0", "-1", "4097", "x", "1e3", "%00", "9" * 5000])
+@pytest.mark.parametrize("cells", ["0", "-1", "4097", "x", "1e3", "%00", "9" * 5000, "0000000001" + "9" * 6])
 def test_a_question_that_makes_no_sense_is_400(server: StatusServer, cells: str) -> None:
     assert ask(server, f"/vms/vm-7?cells={cells}")[0] == 400
 
@@ -187,6 +187,8 @@ def test_what_cannot_be_answered_is_500_and_says_so_in_the_log(
     status, _, content = ask(server, "/vms")
     assert (status, b"AttributeError" in content) == (500, True)
     assert "/vms could not be answered" in caplog.text
+    ask(server, "/vms")
+    assert caplog.text.count("could not be answered") == 1, "once is enough"
 
 
 # Nobody holds it up.
@@ -200,6 +202,25 @@ def test_silent_clients_hold_up_nobody_and_the_oldest_goes_first(server: StatusS
         # The others are still there: the last of them is answered.
         silent[-1].sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
         assert silent[-1].recv(12) == b"HTTP/1.0 200"
+
+
+def test_a_burst_of_clients_takes_no_more_threads_than_there_are_places(server: StatusServer) -> None:
+    before = threading.active_count()
+    with ExitStack() as stack:
+        burst = [stack.enter_context(connect(server)) for _ in range(3 * MOST_CONNECTIONS)]
+        for client in burst:
+            client.sendall(b"GET /healthz HT")
+        # By the time that the first of the last third is hung up on, all have been taken.
+        assert burst[2 * MOST_CONNECTIONS - 1].recv(1) == b""
+        # One or two may be ending.
+        assert threading.active_count() <= before + MOST_CONNECTIONS + 2
+
+
+@pytest.mark.parametrize("accept", ["application/openmetrics-text;version=zzz", ";;;=,", "\u00e9"])
+def test_whoever_accepts_nonsense_gets_the_plain_format(server: StatusServer, accept: str) -> None:
+    said = said_to(server, f"GET /metrics HTTP/1.0\r\nAccept: {accept}\r\n\r\n".encode())
+    assert b" 200 " in said.partition(b"\r\n")[0]
+    assert b"latepage_" in said
 
 
 @pytest.mark.parametrize("said", [b"", b"GET /healthz HT", b"GET /healthz HTTP/1.1\r\nHost"])

@@ -1,5 +1,6 @@
 """The command line: what it takes, and how it says no."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,12 +16,13 @@ def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
 def test_help_names_every_command() -> None:
     shown = run("--help")
     assert shown.returncode == 0
-    assert all(command in shown.stdout for command in ("serve", "vm", "demo"))
+    assert all(command in shown.stdout for command in ("serve", "restore", "check", "vm", "top", "trace", "demo"))
 
 
 def test_help_of_serve_explains_every_flag() -> None:
     shown = run("serve", "--help").stdout
-    for flag in ("populate", "on-missing", "mode", "allow-uid", "stall-warning", "handshake-timeout", "detach-when-full", "json"):
+    listed = ("populate", "on-missing", "mode", "owner", "allow-uid", "stall-warning", "handshake-timeout", "detach-when-full")
+    for flag in (*listed, "json"):
         assert f"--{flag}" in shown
 
 
@@ -54,7 +56,10 @@ def test_a_policy_that_makes_no_sense_ends_with_2_and_says_what_would(flag: tupl
 VM = ("run", "restore", "save", "pause", "resume", "discard", "job", "stop", "compare", "report", "quit")
 
 
-@pytest.mark.parametrize("command", [("serve",), ("demo",), ("vm",), *(("vm", name) for name in VM)], ids=" ".join)
+COMMANDS = ("serve", "restore", "check", "demo", "top", "trace", "vm")
+
+
+@pytest.mark.parametrize("command", [*((name,) for name in COMMANDS), *(("vm", name) for name in VM)], ids=" ".join)
 def test_every_command_has_help(command: tuple[str, ...]) -> None:
     assert run(*command, "--help").returncode == 0
 
@@ -90,3 +95,22 @@ def test_a_restore_says_which_file_is_missing(tmp_path: Path) -> None:
     assert (missing.returncode, "no state file" in missing.stderr) == (1, True)
     missing = run("vm", "restore", str(tmp_path / "state"), "--map", str(tmp_path / "none"))
     assert (missing.returncode, "no memory file" in missing.stderr) == (1, True)
+
+
+def test_a_reader_that_has_had_enough_ends_it_without_a_word(tmp_path: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "latepage", "check", "--json"], stdout=write, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_full_disk_behind_standard_output_is_one_line() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "latepage", "check", "--json"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode == 1
+    assert done.stderr == "latepage: what was to be told could not be written: No space left on device\n"

@@ -1,6 +1,9 @@
 """Every Python block of every doc page runs, page by page and each on its own, in a folder with a memory file."""
 
 import re
+import subprocess
+import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -8,8 +11,8 @@ import pytest
 DOCS = Path(__file__).parents[2] / "docs"
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 BLOCKS = [
-    pytest.param(block[1], id=f"{page.name}:{page.read_text()[: block.start()].count(chr(10)) + 1}")
-    for page in sorted(DOCS.glob("*.md"))
+    pytest.param(block[1], id=f"{page.relative_to(DOCS)}:{page.read_text()[: block.start()].count(chr(10)) + 1}")
+    for page in sorted(DOCS.rglob("*.md"))
     for block in BLOCK.finditer(page.read_text())
 ]
 
@@ -21,7 +24,26 @@ def test_a_block_of_the_docs_runs(block: str, folder: Path, monkeypatch: pytest.
     exec(compile(block, "docs", "exec"), {"__name__": "docs"})  # noqa: S102
 
 
-@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
+PAGES = [*sorted(DOCS.rglob("*.md")), *sorted(DOCS.parent.glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS.parent)))
 def test_every_page_that_is_linked_is_there(page: Path) -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+COMMAND = re.compile(r"\blatepage ((?:vm|trace) [a-z]+|serve|restore|check|top|demo)\b((?:[^\n`|;#]|\\\n)*)")
+
+
+@cache
+def help_of(command: str) -> str:
+    words = [sys.executable, "-m", "latepage", *command.split(), "--help"]
+    return subprocess.run(words, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS.parent)))
+def test_every_flag_that_a_page_gives_to_a_command_exists(page: Path) -> None:
+    for command, arguments in COMMAND.findall(page.read_text()):
+        for flag in re.findall(r"(?<!\S)--[a-z-]+", arguments):
+            assert flag in re.findall(r"--[a-z-]+", help_of(command)), f"{page.name}: latepage {command} {flag}"

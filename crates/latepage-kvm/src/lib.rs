@@ -37,6 +37,7 @@ mod job;
 pub mod layout;
 mod machine;
 mod memory;
+pub mod probe;
 mod report;
 mod restore;
 mod server;

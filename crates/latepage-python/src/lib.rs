@@ -31,7 +31,7 @@ mod _core {
     #[pymodule_export]
     use super::callback::{CallbackSource, Follower};
     #[pymodule_export]
-    use super::pager::Pager;
+    use super::pager::{Arrivals, Pager};
     #[pymodule_export]
     use super::session::Session;
     #[pymodule_export]

@@ -5,7 +5,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use latepage::pager::{Config, Pager as Engine};
+use latepage::pager::{Arrivals as Arrived, Config, Pager as Engine};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
@@ -81,10 +81,9 @@ impl Pager {
         all.map(|session| Session::new(session, Arc::clone(&self.engine))).collect()
     }
 
-    /// The VMs that are being served now and whose number is above `id`.
-    fn sessions_after(&self, id: u64) -> Vec<Session> {
-        let newer = self.engine.sessions().into_iter().filter(|session| session.id() > id);
-        newer.map(|session| Session::new(session, Arc::clone(&self.engine))).collect()
+    /// Every VM that is served now, and each that comes from now on.
+    fn arrivals(&self) -> Arrivals {
+        Arrivals { arrivals: self.engine.arrivals(), engine: Arc::clone(&self.engine) }
     }
 
     fn stats<'py>(&self, py: Python<'py>) -> PyResult<StatsFields<'py>> {
@@ -111,5 +110,21 @@ impl Pager {
 
     fn close(&self, py: Python<'_>) -> Vec<String> {
         py.detach(|| self.engine.close())
+    }
+}
+
+/// The VMs that began since this was asked for.
+#[pyclass(frozen, module = "latepage._core")]
+pub(crate) struct Arrivals {
+    arrivals: Arc<Arrived>,
+    engine: Arc<Engine>,
+}
+
+#[pymethods]
+impl Arrivals {
+    /// Those that were not taken yet, each once.
+    fn take(&self) -> Vec<Session> {
+        let all = self.arrivals.take().into_iter();
+        all.map(|session| Session::new(session, Arc::clone(&self.engine))).collect()
     }
 }

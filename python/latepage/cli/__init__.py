@@ -1,5 +1,8 @@
 """The command line: one file per command, each imported only when it is called."""
 
+import errno
+import os
+import signal
 import sys
 
 import cyclopts
@@ -22,17 +25,41 @@ app = cyclopts.App(
 )
 # Their summaries stand here, so that `latepage --help` need not import them.
 app.command("latepage.cli.serve:app", name="serve", help="Supply the memory of the VMs that connect to a socket, from a file.")
+app.command("latepage.cli.restore:app", name="restore", help="Restore Firecracker VMs from a snapshot, and serve their memory.")
 app.command("latepage.cli.vm:app", name="vm", help="Run, save and restore reference VMs.")
+app.command("latepage.cli.top:app", name="top", help="Show the VMs of a running pager, live.")
+app.command("latepage.cli.check:app", name="check", help="Say what this host offers, or what a running VM waits for.")
+app.command("latepage.cli.trace:app", name="trace", help="Show, compare and merge what VMs touched, from recorded traces.")
 app.command("latepage.cli.demo:app", name="demo", help="Restore one VM three ways, and draw where its time went.")
 
 
 def main() -> None:
     """Runs the command line. Exit codes: 0 done, 1 failed, 2 not understood."""
     try:
-        sys.exit(app())
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read has had enough.
+        _close_output()
+        sys.exit(128 + signal.SIGPIPE)
+    except OSError as error:
+        if error.errno != errno.ENOSPC or error.filename is not None:
+            raise
+        _close_output()
+        print(f"latepage: what was to be told could not be written: {error.strerror}", file=sys.stderr)
+        sys.exit(1)
     except LatepageError as error:
         print(f"latepage: {error}", file=sys.stderr)
         # A policy comes from flags: one that makes no sense was not understood.
         sys.exit(2 if isinstance(error, PolicyError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _close_output() -> None:
+    """What is still in the buffer is not tried again at exit."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)

@@ -215,7 +215,7 @@ def _through_latepage(folder: Path, show: Show) -> tuple[Way, Trace, float]:
     show(0)
     command = [
         *(sys.executable, "-m", "latepage", "serve", str(folder / "pager.sock"), str(folder / "vm.mem")),
-        *("--populate", "background", "--trace", str(folder), "--json"),
+        *("--populate", "background", "--record", str(folder), "--json"),
     ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as pager:
         try:

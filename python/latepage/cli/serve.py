@@ -11,15 +11,18 @@ from cyclopts import App, Parameter
 
 from latepage.cli.rights import lacking
 from latepage.cli.signals import Signals
-from latepage.cli.sizes import Mode, Size
+from latepage.cli.sizes import Mode, Owner, Size
+from latepage.cli.status import StatusAddress, telling
 from latepage.errors import ListenError, PolicyError
 from latepage.events import Drained, Event
-from latepage.memory import PAGE
+from latepage.observe.recorder import RING, Recorder
 from latepage.pager import Pager
 from latepage.policy import OnMissing, Policy, Populate
+from latepage.reach import SEARCH, obstacle
+from latepage.reach import Owner as UserAndGroup
 from latepage.source import open_source
 
-__all__ = ["serve"]
+__all__ = ["as_flags_say", "run", "serve"]
 
 Flag = Annotated[bool, Parameter(negative=(), show_default=False)]
 
@@ -42,11 +45,14 @@ def serve(
     on_missing: OnMissing = "kill",
     fault_around: Size = 64 << 10,
     mode: Mode = 0o660,
+    owner: Owner = None,
     allow_uid: Annotated[tuple[int, ...], Parameter(negative=(), consume_multiple=False, show_default=False)] = (),
     stall_warning: float = 5.0,
     handshake_timeout: float = 5.0,
     detach_when_full: Flag = False,
-    trace: Path | None = None,
+    metrics: StatusAddress = None,
+    metrics_per_vm: Flag = False,
+    record: Path | None = None,
     json: Flag = False,
 ) -> int:
     """Supply the memory of the VMs that connect to SOCKET, from the memory file SOURCE.
@@ -59,28 +65,33 @@ def serve(
             VMMs that are known to turn it into a machine check or their own death.
         fault_around: how much to bring in one go where a page is touched; 4KiB brings that page only.
         mode: permissions of the socket.
+        owner: give the socket to this user and group, as UID:GID; takes root.
         allow_uid: serve this user's VMs only; may be given several times.
         stall_warning: report a fault that has waited for so many seconds.
         handshake_timeout: refuse a peer that has not said who it is within so many seconds.
         detach_when_full: let go of each VM as soon as it has all of its memory.
-        trace: a folder; for each VM, VM.trace there says which pages came in, when and why.
+        metrics: tell how it goes over HTTP, at HOST:PORT, :PORT, or a Unix socket's path: /metrics for Prometheus, /healthz,
+            /readyz, and /vms, which `latepage top` shows.
+        metrics_per_vm: metrics for each VM too, labelled with its name.
+        record: a folder; for each VM, VM.trace there says which pages came in, when and why; see `latepage trace`.
         json: write events to standard output as lines of JSON, on a terminal too.
     """
     memory = open_source(source)
     if not socket.parent.is_dir():
         raise ListenError(f"socket {socket}: there is no folder {socket.parent}; make it first", call="bind")
-    policy = _policy(
+    policy = as_flags_say(
         populate=populate,
         on_missing=on_missing,
         fault_around=fault_around,
         mode=mode,
+        owner=None if owner is None else (owner.uid, owner.gid),
         allow_uids=allow_uid,
         stall_warning=stall_warning,
         handshake_timeout=handshake_timeout,
         detach_when_full=detach_when_full,
-        trace=2 * memory.size // PAGE if trace else 0,
+        trace=RING if record else 0,
     )
-    for line in lacking(policy):
+    for line in [*lacking(policy), *_unreachable(socket, owner)]:
         print(f"latepage serve: {line}", file=sys.stderr, flush=True)
     terminal = sys.stderr.isatty() and not json
     # The engine writes the log itself: it goes on while Python does not run.
@@ -88,13 +99,11 @@ def serve(
     with (
         Signals() as signals,
         Pager(log=log) as pager,
+        telling("serve", pager, metrics, per_vm=metrics_per_vm),
+        Recorder(pager, record) if record else nullcontext(),
     ):
         pager.listen(socket, memory, policy)
         watchers: list[Callable[[Event], None]] = []
-        if trace:
-            from latepage.observe.trace_file import TraceFiles
-
-            watchers.append(TraceFiles(pager, trace).watch)
         if terminal:
             from latepage.cli.progress import ProgressView
 
@@ -114,7 +123,15 @@ def serve(
     return 0 if left is None else 1
 
 
-def _policy(**fields: Any) -> Policy:
+def _unreachable(socket: Path, owner: UserAndGroup | None) -> list[str]:
+    """One line where the owner could not connect. No error: in a jail, what is above the jail does not count."""
+    if owner is None:
+        return []
+    blocked = obstacle(socket.parent, owner, SEARCH)
+    return [] if blocked is None else [f"unless it is jailed, user {owner.uid} cannot connect: it {blocked}"]
+
+
+def as_flags_say(**fields: Any) -> Policy:
     """A policy from flags: what is wrong with it names the flag, not the field."""
     try:
         return Policy(**fields)

@@ -6,8 +6,9 @@ from typing import Annotated
 from cyclopts import Parameter, Token
 
 from latepage.memory import format_size, parse_size
+from latepage.reach import Owner as UserAndGroup
 
-__all__ = ["Mode", "Size"]
+__all__ = ["Mode", "Owner", "Size"]
 
 
 def _size(_type: object, tokens: Sequence[Token]) -> int:
@@ -21,6 +22,10 @@ def _mode(_type: object, tokens: Sequence[Token]) -> int:
         raise ValueError(f"{tokens[0].value!r} is no file mode: write it in octal, as in 0660") from None
 
 
+def _owner(_type: object, tokens: Sequence[Token]) -> UserAndGroup:
+    return UserAndGroup.parse(tokens[0].value)
+
+
 def _shown(size: int | None) -> str:
     return "None" if size is None else format_size(size).replace(" ", "")
 
@@ -30,3 +35,6 @@ Size = Annotated[int, Parameter(converter=_size, show_default=_shown)]
 
 Mode = Annotated[int, Parameter(converter=_mode, show_default=lambda mode: f"{mode:04o}")]
 """Permissions of a file, in octal."""
+
+Owner = Annotated[UserAndGroup | None, Parameter(converter=_owner, n_tokens=1, accepts_keys=False)]
+"""A user and a group in numbers, written like 1000:1000."""

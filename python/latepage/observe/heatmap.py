@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from latepage.errors import LatepageError
 from latepage.memory import PAGE, format_size
+from latepage.observe.picture import REASON_NAMES, REASONS, calm, heading, picture, tiles
 from latepage.observe.trace_file import Trace
 
 __all__ = ["Curve", "draw"]
@@ -16,16 +16,8 @@ __all__ = ["Curve", "draw"]
 Curve = Sequence[tuple[float, float]]
 """Seconds since the restore began, and the share of memory that was verified by then."""
 
-INK, MUTED, FAINT, PAPER = "#1b2733", "#64717e", "#dde3e8", "#ffffff"
 WAYS = ("#8a97a3", "#d8973c", "#0f7a6c")
 """One colour a way of restoring, ours last."""
-REASONS = {"demand": "#0f7a6c", "beside": "#6cc0a8", "population": "#cfe3e8", "cleared": "#d8973c"}
-REASON_NAMES = {
-    "demand": "touched by the guest",
-    "beside": "brought in beside it",
-    "population": "brought ahead of it",
-    "cleared": "zero after a discard",
-}
 
 
 def draw(trace: Trace, curves: Mapping[str, Curve], path: Path, *, title: str, subtitle: str, shift: float = 0.0) -> None:
@@ -40,49 +32,26 @@ def draw(trace: Trace, curves: Mapping[str, Curve], path: Path, *, title: str, s
         shift: seconds from the moment when the restore began to the start of the trace.
 
     Raises:
-        LatepageError: matplotlib is missing.
+        LatepageError: matplotlib is missing, or the file cannot be written.
     """
-    try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise LatepageError("the heat map needs matplotlib: install latepage with its extra, latepage[plot]") from None
-
-    with mpl.rc_context(
-        {
-            "font.family": "DejaVu Sans",
-            "font.size": 11,
-            "text.color": INK,
-            "axes.labelcolor": MUTED,
-            "axes.edgecolor": FAINT,
-            "xtick.color": MUTED,
-            "ytick.color": MUTED,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-        }
-    ):
-        figure = Figure(figsize=(16, 9), dpi=100, facecolor=PAPER)
-        figure.text(0.035, 0.945, title, fontsize=22, fontweight="bold", va="center")
-        figure.text(0.035, 0.902, subtitle, fontsize=12.5, color=MUTED, va="center")
+    with picture(path, 16, 9) as figure:
+        heading(figure, title, subtitle)
         _map(figure, trace, shift)
         _curves(figure, curves)
         _reasons(figure, trace, shift)
-        figure.savefig(path, metadata={"Software": "latepage"})
 
 
 def _map(figure: Any, trace: Trace, shift: float) -> None:
     import numpy as np
 
-    side = _side(trace.pages)
-    came = np.full(side * side, np.nan)
+    came = np.full(trace.pages, np.nan)
     arrivals = list(trace.arrivals())
     pages = np.array([entry.page for entry in arrivals], dtype=np.int64)
     came[pages] = [1e3 * (entry.seconds + shift) for entry in arrivals]
-    # Sixteen pages, which one fault may bring, make a square of four by four; the squares follow each other in rows.
-    tiles = came.reshape(side // 4, side // 4, 4, 4).transpose(0, 2, 1, 3).reshape(side, side)
-    rows = 4 * -(-trace.pages // (4 * side))
+    grid = tiles(came, np.nan)
+    rows = len(grid)
     axes = figure.add_axes((0.04, 0.155, 0.39, 0.66))
-    image = axes.imshow(tiles[:rows], cmap="viridis_r", aspect="auto", interpolation="nearest")
+    image = axes.imshow(grid, cmap="viridis_r", aspect="auto", interpolation="nearest")
     axes.set_facecolor("#f3f5f7")
     axes.set_xticks([])
     axes.set_yticks([0, rows / 2, rows - 1], ["0", *(format_size(trace.pages * PAGE // n) for n in (2, 1))])
@@ -99,14 +68,6 @@ def _map(figure: Any, trace: Trace, shift: float) -> None:
     bar.set_label(f"ms after the restore began; {trace.pages:,} pages in the order of guest memory", labelpad=4)
 
 
-def _side(pages: int) -> int:
-    """Of a square grid with room for all pages: a power of two, so that rows begin at round addresses."""
-    side = 16
-    while side * side < pages:
-        side *= 2
-    return side
-
-
 def _curves(figure: Any, curves: Mapping[str, Curve]) -> None:
     axes = figure.add_axes((0.52, 0.545, 0.44, 0.27))
     end = max(curve[-1][0] for curve in curves.values() if curve)
@@ -119,10 +80,7 @@ def _curves(figure: Any, curves: Mapping[str, Curve]) -> None:
     axes.set_xlim(0, end * 1.03)
     axes.set_ylim(-2, 103)
     axes.set_yticks([0, 50, 100], ["0", "50", "100 %"])
-    axes.grid(axis="y", color=FAINT, lw=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0)
-    axes.set_title("Memory that the guest has verified, in random order", loc="left", fontsize=13, fontweight="bold")
+    calm(axes, "Memory that the guest has verified, in random order")
     axes.set_xlabel("seconds after the restore began")
     axes.legend(loc="lower right", frameon=False, fontsize=11)
 
@@ -145,8 +103,5 @@ def _reasons(figure: Any, trace: Trace, shift: float) -> None:
     axes.set_xlim(0, end)
     axes.set_ylim(0, 103)
     axes.set_yticks([0, 50, 100], ["0", "50", "100 %"])
-    axes.grid(axis="y", color=FAINT, lw=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0)
+    calm(axes, "Pages that came through latepage, and why")
     axes.set_xlabel("ms after the restore began")
-    axes.set_title("Pages that came through latepage, and why", loc="left", fontsize=13, fontweight="bold")

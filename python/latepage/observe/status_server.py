@@ -128,6 +128,7 @@ class _Status:
     def __init__(self, pager: Pager, per_vm: bool) -> None:
         self._pager = pager
         self._registry = registry(pager, per_vm=per_vm)
+        self.told: set[type[Exception]] = set()
 
     def answer(self, path: str, query: dict[str, list[str]], accept: str) -> Answer:
         known: dict[str, Callable[[], Answer]] = {
@@ -145,7 +146,10 @@ class _Status:
         raise KeyError(path)
 
     def _metrics(self, accept: str) -> Answer:
-        encode, kind = choose_encoder(accept)
+        try:
+            encode, kind = choose_encoder(accept)
+        except Exception:  # it reads some headers that make no sense as none of its own making: TypeError, for one
+            encode, kind = choose_encoder("")
         return HTTPStatus.OK, kind, encode(self._registry)
 
     def _ready(self) -> Answer:
@@ -157,7 +161,7 @@ class _Status:
 
 def _cells(query: dict[str, list[str]]) -> int:
     text = query.get("cells", [str(CELLS)])[-1]
-    if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= MOST_CELLS):
+    if not (text.isascii() and text.isdigit() and len(text) <= len(str(MOST_CELLS)) and 1 <= int(text) <= MOST_CELLS):
         raise ValueError(f"cells is {text[:20]!r}: give a number from 1 to {MOST_CELLS}")
     return int(text)
 
@@ -199,7 +203,11 @@ class _Handler(BaseHTTPRequestHandler):
         except LatepageError as error:
             answer = (HTTPStatus.SERVICE_UNAVAILABLE, TEXT, f"503 {error}\n".encode())
         except Exception as error:  # whatever it is, the pager goes on
-            logging.getLogger(__name__).exception("status server: %s could not be answered", self.path)
+            status = cast("_Server", self.server).status
+            if type(error) not in status.told:
+                # Once: anybody may ask again and again, and standard error is the pager's log.
+                status.told.add(type(error))
+                logging.getLogger(__name__).exception("status server: %s could not be answered", self.path)
             text = f"500 {type(error).__name__}: {error}\n"
             answer = (HTTPStatus.INTERNAL_SERVER_ERROR, TEXT, text.encode(errors="replace"))
         self._send(*answer, body=body)
@@ -234,6 +242,7 @@ class _Server(ThreadingMixIn, TCPServer):
         self._listening = listening
         self._open: dict[socket.socket, float] = {}
         self._lock = threading.Lock()
+        self._ended = threading.Condition(self._lock)
         self._stopped = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
     def run(self) -> None:
@@ -276,17 +285,21 @@ class _Server(ThreadingMixIn, TCPServer):
 
     def verify_request(self, request: Any, client_address: Any) -> bool:  # noqa: ARG002 (the library's)
         """Remembers until when a connection may last."""
-        with self._lock:
+        with self._ended:
             if len(self._open) >= MOST_CONNECTIONS:
                 _hang_up(min(self._open, key=self._open.__getitem__))
+                # Threads and descriptors are bounded too: the next one waits until that one's are free. A VM's come first.
+                if not self._ended.wait_for(lambda: len(self._open) < MOST_CONNECTIONS, PATIENCE):
+                    return False
             self._open[request] = time.monotonic() + PATIENCE
         return True
 
     def shutdown_request(self, request: Any) -> None:
         """Closes a connection, under the lock: nobody hangs up on a descriptor that is another's by now."""
-        with self._lock:
+        with self._ended:
             self._open.pop(request, None)
             super().shutdown_request(request)
+            self._ended.notify_all()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that has gone, or was too slow: nothing to tell."""

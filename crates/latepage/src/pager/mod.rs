@@ -10,6 +10,7 @@
 //! | attendant | one | handshakes, refused peers, stalls, sources |
 //! | log | one, where a log is wanted | writes JSON lines |
 
+mod arrivals;
 mod attendant;
 mod bell;
 mod condemned;
@@ -32,8 +33,10 @@ use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 
-use crate::attachment::{Hello, Refusal, RefusalReason};
-use crate::session::{Action, End, Host, LetGo, Peer as SessionPeer, Policy, Population, Scratch, Session};
+use crate::attachment::{Form, Hello, Refusal, RefusalReason};
+use crate::session::{
+    Action, End, Host, LetGo, OnMissing, Peer as SessionPeer, Policy, Population, Scratch, Session,
+};
 use crate::source::Source;
 use crate::stats::StatsSnapshot;
 use crate::sys::pidfd::{Peer, PidFd};
@@ -43,6 +46,7 @@ use listener::ListeningSocket;
 use pool::{Job, Pool};
 use worker::Worker;
 
+pub use arrivals::Arrivals;
 pub use events::{Event, Events, What};
 pub use follow::{Following, Touched};
 pub use listener::ListenError;
@@ -89,6 +93,8 @@ struct Shared {
     /// Held while a VM is let in, and while the pager becomes one that lets no more in: no VM falls between.
     door: Mutex<()>,
     draining: AtomicBool,
+    /// Whether the danger of poison has been told of.
+    warned_of_poison: AtomicBool,
     /// What follows [`What::Draining`] has been told, or is not to be.
     drained: AtomicBool,
 }
@@ -97,6 +103,17 @@ struct Sessions {
     live: BTreeMap<u64, Arc<Session>>,
     /// What those did that are over.
     ended: StatsSnapshot,
+    /// Who wants to hear of every one.
+    arrivals: Vec<Weak<Arrivals>>,
+}
+
+impl Sessions {
+    fn begin(&mut self, id: u64, session: &Arc<Session>) {
+        self.live.insert(id, Arc::clone(session));
+        // Those that nobody holds any more are forgotten on the way.
+        self.arrivals
+            .retain(|arrivals| arrivals.upgrade().inspect(|arrivals| arrivals.add(session)).is_some());
+    }
 }
 
 impl Pager {
@@ -119,7 +136,11 @@ impl Pager {
         let shared = Arc::new_cyclic(|this| Shared {
             this: Weak::clone(this),
             events,
-            sessions: Mutex::new(Sessions { live: BTreeMap::new(), ended: StatsSnapshot::default() }),
+            sessions: Mutex::new(Sessions {
+                live: BTreeMap::new(),
+                ended: StatsSnapshot::default(),
+                arrivals: Vec::new(),
+            }),
             changed: Condvar::new(),
             workers: OnceLock::new(),
             lanes: Lanes::new(Lane { readers, populators }),
@@ -129,6 +150,7 @@ impl Pager {
             next: AtomicU64::new(1),
             door: Mutex::new(()),
             draining: AtomicBool::new(false),
+            warned_of_poison: AtomicBool::new(false),
             drained: AtomicBool::new(true),
         });
         let pager = Self { shared: Arc::clone(&shared), threads: Mutex::new(threads) };
@@ -210,6 +232,15 @@ impl Pager {
     /// The VMs that are served now, oldest first.
     pub fn sessions(&self) -> Vec<Arc<Session>> {
         self.shared.all_sessions()
+    }
+
+    /// Every VM that is served now, and each that comes from now on, none missing: also one that is gone in a moment.
+    pub fn arrivals(&self) -> Arc<Arrivals> {
+        let arrivals = Arc::new(Arrivals::default());
+        let mut sessions = self.shared.sessions();
+        sessions.live.values().for_each(|session| arrivals.add(session));
+        sessions.arrivals.push(Arc::downgrade(&arrivals));
+        arrivals
     }
 
     /// What happened.
@@ -413,7 +444,7 @@ impl Shared {
             }
         };
         // Whoever hears of it finds it.
-        self.sessions().live.insert(id, Arc::clone(&session));
+        self.sessions().begin(id, &session);
         self.events.emit(What::SessionStarted {
             vm: session.name().to_owned(),
             pid: session.pid().unwrap_or(0),
@@ -423,6 +454,7 @@ impl Shared {
             vcpus: session.vcpus(),
             source: listener.source.describe(),
         });
+        self.warn_of_poison(&session);
         if let Some(worker) = self.worker(id) {
             worker.adopt(Arc::clone(&session));
         }
@@ -433,6 +465,18 @@ impl Shared {
             self.bring_all(session);
         }
         None
+    }
+
+    /// Firecracker answers the MMIO exit, as which a poisoned page comes out where KVM emulates its guests, with zero.
+    fn warn_of_poison(&self, session: &Session) {
+        if session.policy().on_missing == OnMissing::Poison
+            && session.form() == Form::Firecracker
+            && !self.warned_of_poison.swap(true, Ordering::Relaxed)
+        {
+            let what = "--on-missing poison is not safe with Firecracker on every host: a guest may read zeros where a page \
+                        could not be had; use kill";
+            self.events.emit(What::Warning { what: what.to_owned() });
+        }
     }
 
     /// A name that no live session has.

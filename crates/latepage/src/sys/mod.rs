@@ -10,6 +10,7 @@ pub mod lease;
 pub mod mapping;
 pub mod memfd;
 pub mod pidfd;
+pub mod probe;
 #[cfg(test)]
 mod tests;
 pub mod uffd;

@@ -326,6 +326,31 @@ impl Userfaultfd {
         Self::from_new(made)
     }
 
+    /// Makes one for faults of user space alone, which every process may have (Linux 5.11): it cannot serve KVM, but tells what
+    /// the kernel offers and tries it.
+    ///
+    /// # Errors
+    /// What userfaultfd(2) said, or UFFDIO_API (EINVAL where the kernel lacks a feature).
+    pub fn create_for_user_space(features: Features) -> Result<Self, Errno> {
+        let made = Self::open_for_user_space()?;
+        made.api(features).map_err(api_errno)?;
+        Ok(made)
+    }
+
+    /// The features that this kernel offers, asked by a userfaultfd for user space alone.
+    ///
+    /// # Errors
+    /// What userfaultfd(2) said.
+    pub fn offered_to_user_space() -> Result<Features, Errno> {
+        Self::open_for_user_space()?.api(Features::empty()).map_err(api_errno)
+    }
+
+    fn open_for_user_space() -> Result<Self, Errno> {
+        let flags = libc::O_CLOEXEC | libc::O_NONBLOCK | abi::UFFD_USER_MODE_ONLY;
+        // SAFETY: userfaultfd(2) takes its flags by value and no pointer.
+        Self::from_new(unsafe { libc::syscall(libc::SYS_userfaultfd, flags) })
+    }
+
     fn from_new(made: libc::c_long) -> Result<Self, Errno> {
         if made < 0 {
             return Err(last_errno());
@@ -521,6 +546,13 @@ impl AsFd for Userfaultfd {
 impl From<Userfaultfd> for OwnedFd {
     fn from(uffd: Userfaultfd) -> Self {
         uffd.fd
+    }
+}
+
+fn api_errno(error: CreateError) -> Errno {
+    match error {
+        CreateError::Api(errno) => errno,
+        _ => Errno::INVAL,
     }
 }
 

@@ -15,6 +15,8 @@ pub(super) const UFFDIO_MOVE: u64 = 0xC028_AA05;
 pub(super) const UFFDIO_WRITEPROTECT: u64 = 0xC018_AA06;
 pub(super) const UFFDIO_CONTINUE: u64 = 0xC020_AA07;
 pub(super) const UFFDIO_POISON: u64 = 0xC020_AA08;
+/// A flag of userfaultfd(2): no faults that the kernel takes.
+pub(super) const UFFD_USER_MODE_ONLY: libc::c_int = 1;
 /// On `/dev/userfaultfd` (Linux 6.1 and later): makes a new userfaultfd.
 pub(super) const USERFAULTFD_IOC_NEW: u64 = 0x0000_AA00;
 
