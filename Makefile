@@ -39,20 +39,48 @@ test-loom: $(VENV)/.machine ## the state table under every interleaving (loom)
 	RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=$(LOOM_TARGET_DIR) cargo test --package latepage --lib --release --locked --quiet -- loom_
 
 .PHONY: test-python
-test-python: build ## Python's tests, the doc pages and the docstrings among them
+test-python: build wheel sdist ## Python's tests, the doc pages and the docstrings among them
 	$(BIN)/pytest
+
+# Freestanding: no library, no start files, no vector registers, nothing but what stands in the folder.
+GUEST := $(CARGO_TARGET_DIR)/guest.elf
+GUEST_FLAGS := -std=c11 -O2 -Wall -Wextra -Wconversion -Werror -ffreestanding -nostdlib -static -no-pie -fno-pic \
+	-mno-red-zone -mgeneral-regs-only -fno-stack-protector -fno-asynchronous-unwind-tables \
+	-Wl,--build-id=none,-z,noexecstack,-z,max-page-size=4096,-T,guest/guest.ld
+
+.PHONY: guest
+guest: $(GUEST) ## the small guest that tests boot in a real Firecracker (guest/README.md)
+
+$(GUEST): $(wildcard guest/*)
+	@mkdir -p $(@D)
+	$(CC) $(GUEST_FLAGS) -o $@ guest/start.s $(filter %.c,$^)
 
 .PHONY: lint
 lint: build ## formatting, lints, types, stubs, unsafe, licences and advisories
 	$(BIN)/ruff format --check --quiet
 	$(BIN)/ruff check --quiet
 	$(BIN)/mypy
-	$(BIN)/mypy tests tools
+	$(BIN)/mypy tests tools examples
 	$(PY) -m mypy.stubtest latepage._core --mypy-config-file pyproject.toml --ignore-disjoint-bases
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --locked --quiet -- -D warnings
 	$(PY) tools/unsafe_code.py
 	$(PY) tools/licences.py
+
+.PHONY: site
+site: build ## the documentation site, in site/, with warnings as errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	$(PY) tools/site_assets.py site
+
+# The tag is what maturin's audit of the symbols allows: manylinux_2_34 where glibc is 2.34 or later. That is what hosts with
+# Linux 6.1 have (Amazon Linux 2023, Debian 12, Ubuntu 22.04), so no older C library is aimed at.
+.PHONY: wheel
+wheel: build ## a wheel for any Python from 3.11 on, in dist/
+	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/maturin build --release --locked --out dist >$(VENV)/wheel.log 2>&1 || { cat $(VENV)/wheel.log; exit 1; }
+
+.PHONY: sdist
+sdist: build ## the sources as one archive, in dist/, from which pip builds a wheel
+	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/maturin sdist --out dist >$(VENV)/sdist.log 2>&1 || { cat $(VENV)/sdist.log; exit 1; }
 
 .PHONY: format
 format: build ## write all code the way `make lint` wants it
@@ -66,7 +94,7 @@ lock: build ## look for newer Python packages and write requirements.lock anew
 
 .PHONY: clean
 clean: ## remove everything that was built
-	rm -rf $(VENV) target demo dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) target demo dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find python tests tools -name __pycache__ -prune -exec rm -rf {} +
 	rm -f python/latepage/_core*.so
 
