@@ -18,6 +18,7 @@ use super::condemned::{Condemned, sentence};
 use super::events::What;
 use super::follow::Following;
 use super::listener::ListeningSocket;
+use super::spare::Spare;
 use crate::attachment::{Fed, Incoming, Refusal, RefusalReason};
 use crate::session::{OnMissing, Policy};
 use crate::source::{Source, SourceNotice};
@@ -64,6 +65,8 @@ impl Attendant {
     pub(super) fn start(shared: &Arc<Shared>) -> std::io::Result<JoinHandle<()>> {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         epoll::add(&epoll, &shared.attendant.bell, epoll::EventData::new_u64(BELL), epoll::EventFlags::IN)?;
+        let mut spare = Spare::default();
+        spare.fill()?;
         let mut thread = Thread {
             shared: Arc::downgrade(shared),
             epoll,
@@ -72,6 +75,7 @@ impl Attendant {
             listeners: Vec::new(),
             handshakes: 0,
             paused: false,
+            spare,
             warned: false,
             lively_until: Instant::now(),
             messages: MessageBuffer::new(64),
@@ -122,8 +126,9 @@ struct Thread {
     /// All that ever were: their sources are served after the socket is closed.
     listeners: Vec<Arc<Listener>>,
     handshakes: usize,
-    /// No peer is accepted: too many handshakes, or no descriptors.
+    /// No peer is accepted or heard: too many handshakes, or no descriptors.
     paused: bool,
+    spare: Spare,
     /// That nobody can be accepted has been said since somebody last was.
     warned: bool,
     /// VMs that are followed were busy just now: what they touch next is told soon.
@@ -270,6 +275,10 @@ impl Thread {
     /// Returns whether all who waited were accepted; if not, the socket stays readable and is left alone until the next tick.
     fn accept(&mut self, shared: &Arc<Shared>, listener: &Arc<Listener>, socket: &ListeningSocket) -> bool {
         while self.handshakes < HANDSHAKES {
+            if let Err(errno) = self.spare.fill() {
+                self.warn_of_want(shared, "accept", errno);
+                return false;
+            }
             match rustix::net::accept_with(socket, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
                 Ok(connection) => {
                     if let Some(handshake) = self.greet(shared, connection, listener) {
@@ -283,10 +292,7 @@ impl Thread {
                     return true;
                 }
                 Err(errno) => {
-                    if !std::mem::replace(&mut self.warned, true) {
-                        let what = format!("accept: {errno}; trying again (open files: ulimit -n)");
-                        shared.events.emit(What::Warning { what });
-                    }
+                    self.warn_of_want(shared, "accept", errno);
                     return false;
                 }
             }
@@ -294,14 +300,25 @@ impl Thread {
         false
     }
 
-    /// Stops watching for new peers, or starts again.
+    /// Once, until there was room again.
+    fn warn_of_want(&mut self, shared: &Shared, call: &str, errno: Errno) {
+        if !std::mem::replace(&mut self.warned, true) {
+            let what = format!("{call}: {errno}; trying again (open files: ulimit -n)");
+            shared.events.emit(What::Warning { what });
+        }
+    }
+
+    /// Stops watching for new peers and for what they say, or starts again.
     fn pause(&mut self, pause: bool) {
         self.paused = pause;
         for (token, entry) in &self.entries {
-            if let Entry::Listening(_, socket) = entry {
-                let flags = if pause { epoll::EventFlags::empty() } else { epoll::EventFlags::IN };
-                let _ = epoll::modify(&self.epoll, socket, epoll::EventData::new_u64(*token), flags);
-            }
+            let flags = if pause { epoll::EventFlags::empty() } else { epoll::EventFlags::IN };
+            let data = epoll::EventData::new_u64(*token);
+            let _ = match entry {
+                Entry::Listening(_, socket) => epoll::modify(&self.epoll, socket, data, flags),
+                Entry::Handshake(handshake) => epoll::modify(&self.epoll, &handshake.socket, data, flags),
+                Entry::Condemned(_) => Ok(()),
+            };
         }
     }
 
@@ -335,7 +352,17 @@ impl Thread {
     /// Reads what a peer says, until it has said all, or something that is refused.
     fn hear(&mut self, shared: &Arc<Shared>, token: u64, mut handshake: Box<Handshake>) {
         loop {
-            let received = match fdpass::receive(&handshake.socket, &mut self.bytes) {
+            if let Err(errno) = self.spare.fill() {
+                // It is heard when there is room again.
+                self.entries.insert(token, Entry::Handshake(handshake));
+                self.warn_of_want(shared, "a handshake", errno);
+                return self.pause(true);
+            }
+            self.spare.make_room();
+            let received = fdpass::receive(&handshake.socket, &mut self.bytes);
+            // Where that fails, it is found out before the next.
+            let _ = self.spare.fill();
+            let received = match received {
                 Ok(received) => received,
                 Err(Errno::INTR) => continue,
                 Err(Errno::AGAIN) => break,

@@ -20,6 +20,7 @@ mod host;
 mod lanes;
 mod listener;
 mod pool;
+mod spare;
 mod worker;
 
 use std::collections::BTreeMap;
