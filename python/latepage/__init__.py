@@ -16,6 +16,7 @@ from latepage.errors import (
     PolicyError,
     SessionError,
     SourceError,
+    TraceError,
 )
 from latepage.events import Event
 from latepage.memory import PageState, Region
@@ -49,6 +50,7 @@ __all__ = [
     "SourceError",
     "Stats",
     "TraceEntry",
+    "TraceError",
     "__version__",
     "open_source",
 ]

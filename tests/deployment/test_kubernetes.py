@@ -65,7 +65,7 @@ def test_what_the_daemonset_starts_listens(folder: Path) -> None:
     places = {mount["mountPath"] for mount in container()["volumeMounts"]}
     for place in places:
         words = [word.replace(place, str(folder)) for word in words]
-    assert not [word for word in words if word.startswith(("/run", "/var"))], "a path outside what is mounted"
+    assert not [word for word in words[1:] if word.startswith(("/run", "/var"))], "a path outside what is mounted"
     port = container()["ports"][0]["containerPort"]
     assert f":{port}" in words
     with LineProcess([word if word != f":{port}" else "127.0.0.1:0" for word in words]) as pager:

@@ -425,6 +425,28 @@ fn a_vm_that_comes_when_there_is_no_room_for_its_descriptors_waits_until_there_i
 }
 
 #[test]
+fn a_pager_that_cannot_be_started_whole_is_not_started_at_all() {
+    alone("a_pager_that_cannot_be_started_whole_is_not_started_at_all", || {
+        let threads = || std::fs::read_dir("/proc/self/task").unwrap().count();
+        let before = threads();
+        let mut started = false;
+        for left in 0..64 {
+            let fill = fill_up(left);
+            let pager = Pager::start(Config::default());
+            drop(fill);
+            started |= pager.is_ok();
+            assert!(pager.is_ok() || !started, "with {left} left, and not with more");
+            drop(pager);
+            // A thread that was joined may be listed for a moment yet.
+            while threads() > before {
+                std::thread::yield_now();
+            }
+        }
+        assert!(started);
+    });
+}
+
+#[test]
 fn a_peer_that_sends_more_descriptors_than_there_is_room_for_is_refused() {
     need_userfaultfd!();
     alone("a_peer_that_sends_more_descriptors_than_there_is_room_for_is_refused", || {

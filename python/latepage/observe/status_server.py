@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
-from socketserver import TCPServer, ThreadingMixIn
+from socketserver import BaseServer, TCPServer, ThreadingMixIn
 from types import TracebackType
 from typing import Any, Self, cast
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -86,9 +86,10 @@ class StatusServer:
         self._listening = listen(wanted)
         try:
             self._server = _Server(self._listening, _Status(self._pager, self._per_vm))
-        except BaseException:
+        except OSError as error:
             self._listening.close()
-            raise
+            message = f"status server at {self._wanted}: {error.strerror} (open files: ulimit -n)"
+            raise ListenError(message, call="eventfd", errno=error.errno) from None
         self._thread = threading.Thread(target=self._server.run, name="latepage-status", daemon=True)
         try:
             self._thread.start()
@@ -236,13 +237,14 @@ class _Server(ThreadingMixIn, TCPServer):
 
     def __init__(self, listening: Listening, status: _Status) -> None:
         self.status = status
-        super().__init__(("", 0), _Handler, bind_and_activate=False)
-        self.socket.close()
+        # Past TCPServer's own, which would make a socket.
+        BaseServer.__init__(self, ("", 0), _Handler)
         self.socket = listening.socket
         self._listening = listening
         self._open: dict[socket.socket, float] = {}
         self._lock = threading.Lock()
         self._ended = threading.Condition(self._lock)
+        self._ending = False
         self._stopped = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
     def run(self) -> None:
@@ -260,6 +262,9 @@ class _Server(ThreadingMixIn, TCPServer):
 
     def stop(self) -> None:
         """Ends the loop."""
+        with self._ended:
+            self._ending = True
+            self._ended.notify_all()
         os.eventfd_write(self._stopped, 1)
 
     def server_close(self) -> None:
@@ -289,7 +294,8 @@ class _Server(ThreadingMixIn, TCPServer):
             if len(self._open) >= MOST_CONNECTIONS:
                 _hang_up(min(self._open, key=self._open.__getitem__))
                 # Threads and descriptors are bounded too: the next one waits until that one's are free. A VM's come first.
-                if not self._ended.wait_for(lambda: len(self._open) < MOST_CONNECTIONS, PATIENCE):
+                self._ended.wait_for(lambda: self._ending or len(self._open) < MOST_CONNECTIONS, PATIENCE)
+                if self._ending or len(self._open) >= MOST_CONNECTIONS:
                     return False
             self._open[request] = time.monotonic() + PATIENCE
         return True

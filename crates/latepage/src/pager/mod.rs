@@ -126,14 +126,10 @@ impl Pager {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let workers = config.workers.unwrap_or_else(|| cores.min(4)).max(1);
         let events = Events::new(config.log)?;
-        let mut threads = Vec::new();
-        let (readers, handles) = Pool::start("read", config.readers.unwrap_or(4))?;
-        threads.extend(handles);
-        let (populators, handles) = Pool::start("pop", config.populators.unwrap_or(1))?;
-        threads.extend(handles);
-        let (detachers, handles) = Pool::start("let-go", 1)?;
-        threads.extend(handles);
         let attendant = Attendant::new()?;
+        let sizes =
+            [("read", config.readers.unwrap_or(4)), ("pop", config.populators.unwrap_or(1)), ("let-go", 1)];
+        let ([readers, populators, detachers], threads) = pool::start_all(sizes)?;
         let shared = Arc::new_cyclic(|this| Shared {
             this: Weak::clone(this),
             events,
@@ -156,6 +152,7 @@ impl Pager {
         });
         let pager = Self { shared: Arc::clone(&shared), threads: Mutex::new(threads) };
         let mut started = Vec::new();
+        let mut failed = None;
         for number in 0..workers {
             let this = Weak::clone(&shared.this);
             let farewell = Box::new(move |session: &Arc<Session>| {
@@ -163,12 +160,22 @@ impl Pager {
                     shared.farewell(session);
                 }
             });
-            let (worker, handle) = Worker::start(number, farewell)?;
-            pager.threads().push(handle);
-            started.push(worker);
+            match Worker::start(number, farewell) {
+                Ok((worker, handle)) => {
+                    pager.threads().push(handle);
+                    started.push(worker);
+                }
+                Err(error) => {
+                    failed = Some(error);
+                    break;
+                }
+            }
         }
-        // It was empty: nobody else has had the shared part yet.
+        // It was empty: nobody else has had the shared part yet. Those that were started are ended with the pager, however few.
         let _ = shared.workers.set(started);
+        if let Some(error) = failed {
+            return Err(error);
+        }
         pager.threads().push(Attendant::start(&shared)?);
         Ok(pager)
     }

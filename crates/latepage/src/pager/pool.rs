@@ -42,6 +42,28 @@ pub(super) struct Pool {
     more: Condvar,
 }
 
+/// Pools, and the threads of all of them.
+pub(super) type Started<const N: usize> = ([Arc<Pool>; N], Vec<JoinHandle<()>>);
+
+/// A pool for each name, with so many threads, and the threads of all. Where one cannot be started, none is.
+pub(super) fn start_all<const N: usize>(wanted: [(&str, usize); N]) -> std::io::Result<Started<N>> {
+    let (mut pools, mut threads) = (Vec::new(), Vec::new());
+    for (name, count) in wanted {
+        match Pool::start(name, count) {
+            Ok((pool, started)) => {
+                pools.push(pool);
+                threads.extend(started);
+            }
+            Err(error) => {
+                pools.iter().for_each(|pool: &Arc<Pool>| pool.stop());
+                return Err(error);
+            }
+        }
+    }
+    let pools = pools.try_into().unwrap_or_else(|_| unreachable!("one for each that was wanted"));
+    Ok((pools, threads))
+}
+
 impl Pool {
     pub(super) fn start(name: &str, threads: usize) -> std::io::Result<(Arc<Self>, Vec<JoinHandle<()>>)> {
         let state = State { jobs: VecDeque::new(), later: Vec::new(), stop: false };
