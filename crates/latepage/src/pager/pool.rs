@@ -190,11 +190,17 @@ impl Pool {
                 return None;
             }
             let now = Instant::now();
-            if let Some(at) = state.later.iter().position(|(due, _)| *due <= now) {
-                return Some(state.later.swap_remove(at).1);
-            }
-            if let Some(job) = state.jobs.pop_front() {
-                return Some(job);
+            let due = state.later.iter().position(|(due, _)| *due <= now);
+            let job = match due {
+                Some(at) => Some(state.later.swap_remove(at).1),
+                None => state.jobs.pop_front(),
+            };
+            if job.is_some() {
+                // Whoever was the one to look at the clock is busy from here on: another takes that on.
+                if !(state.jobs.is_empty() && state.later.is_empty()) {
+                    self.more.notify_one();
+                }
+                return job;
             }
             state = match state.later.iter().map(|(due, _)| *due).min() {
                 None => self.more.wait(state).unwrap_or_else(PoisonError::into_inner),
