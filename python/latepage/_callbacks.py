@@ -46,7 +46,7 @@ def summary(error: BaseException) -> str:
     """
     try:
         text = " ".join(str(error).split())[:500]
-    except Exception:
+    except BaseException:  # an exception of the user's may do anything here too
         text = "its text cannot be had"
     kind = type(error).__name__
     if not isinstance(error, LatepageError):
@@ -82,6 +82,6 @@ class Told:
         import logging  # at the first error is early enough
 
         # A handler of the user's that fails must not end the thread.
-        with suppress(Exception):
+        with suppress(BaseException):
             logger = logging.getLogger("latepage")
             logger.log(logging.ERROR if level == "error" else logging.WARNING, "%s", text, exc_info=error)

@@ -7,12 +7,16 @@ import os
 import pwd
 import stat
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 __all__ = ["Obstacle", "Owner", "obstacle"]
 
 READ, WRITE, SEARCH = 4, 2, 1
+
+_HIGHEST = 2**32 - 2
+"""The next one says "leave it as it is" to chown(2)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +40,10 @@ class Owner:
         uid, colon, gid = text.partition(":")
         if not (colon and uid.isascii() and uid.isdecimal() and gid.isascii() and gid.isdecimal()):
             raise ValueError(f"{text!r} is no owner: write it as UID:GID in numbers, as in 1000:1000")
-        return cls(int(uid), int(gid))
+        owner = cls(int(uid), int(gid))
+        if max(owner.uid, owner.gid) > _HIGHEST:
+            raise ValueError(f"{text!r} is no owner: a user's and a group's number is at most {_HIGHEST}")
+        return owner
 
     def __str__(self) -> str:
         return f"{self.uid}:{self.gid}"
@@ -67,17 +74,20 @@ class Obstacle:
         return f"{self.lacks} {self.path} ({_listed(self.path)}); try: {self.remedy}"
 
 
-def obstacle(path: str | os.PathLike[str], owner: Owner, wanted: int = 0) -> Obstacle | None:
+def obstacle(
+    path: str | os.PathLike[str], owner: Owner, wanted: int = 0, *, more_groups: Iterable[int] | None = None
+) -> Obstacle | None:
     """What keeps `owner` from using `path`, if anything does.
 
     Args:
         path: what is to be used; if it is not there, only its folders are looked at.
         owner: who would use it.
         wanted: READ | WRITE | SEARCH of the path itself.
+        more_groups: those that it is in beside its own; None for those that the system's database has for the user.
     """
     if owner.uid == 0:
         return None
-    groups = owner.groups()
+    groups = owner.groups() if more_groups is None else frozenset({owner.gid, *more_groups})
     real = Path(os.path.realpath(path))
     for folder in reversed(real.parents):
         if not _rights(folder, owner.uid, groups) & SEARCH:

@@ -15,7 +15,8 @@ class Peer(LineProcess):
     """The test's side of the peer process."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__([sys.executable, "-S", peer_process.__file__], **options)
+        under: tuple[str, ...] = options.pop("under", ())
+        super().__init__([*under, sys.executable, "-S", peer_process.__file__], **options)
         self.hva = 0
         self.size = 0
         self.page_size = PAGE

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from actors.firecracker_vm import SPELL, Snapshot
+from actors.huge_pages import huge_pages
 from actors.restore import Restore
 from latepage.firecracker import Client
 from latepage.reach import READ, WRITE, Owner, obstacle
@@ -83,6 +84,35 @@ def test_a_state_file_of_another_version_gets_firecrackers_words_and_ours_above_
     assert restore.seen("running") == []
 
 
+@pytest.mark.parametrize(
+    ("flags", "ours"),
+    [(("--network", "eth0=tap7"), "no network interface of that name"), (("--vsock", "vm.vsock"), "no vsock device")],
+    ids=["network", "vsock"],
+)
+def test_a_device_that_the_snapshot_does_not_have_is_not_told_as_a_damaged_file(
+    start: Start, flags: tuple[str, ...], ours: str
+) -> None:
+    restore = start(*flags)
+    assert restore.finish(SPELL) == 1
+    said = restore.said()
+    if "use that or a later one" in said:
+        pytest.skip(f"this Firecracker is too old for it: {said}")
+    assert said.index(ours) < said.index("Firecracker: Load snapshot error: ")
+    assert "damaged" not in said
+
+
+def test_an_empty_pool_of_huge_pages_is_told_where_the_load_never_ends(start: Start) -> None:
+    with huge_pages(0):
+        pool = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        if int(pool["HugePages_Free"]) or int(pool["HugePages_Total"]):
+            pytest.skip("this machine has pages of 2 MiB in its pool")
+        restore = start("--huge-pages", "2M", "--timeout", "1")
+        assert restore.finish(SPELL) == 1
+        if "use that or a later one" in restore.said():
+            pytest.skip(f"this Firecracker is too old for it: {restore.said()}")
+        assert "no memory for a page of it; are huge pages free" in restore.said()
+
+
 def test_a_memory_file_of_another_vm_is_refused_in_the_pagers_words(start: Start, folder: Path, snapshot: Snapshot) -> None:
     other = folder / "other.mem"
     shutil.copyfile(snapshot.memory, other)
@@ -91,6 +121,26 @@ def test_a_memory_file_of_another_vm_is_refused_in_the_pagers_words(start: Start
     assert restore.finish(SPELL) == 1
     assert "the pager refused it" in restore.said()
     assert "it is not this VM's snapshot" in restore.said()
+
+
+def test_two_signals_kill_the_vms_that_lack_memory_and_leave_nothing_of_them(
+    start: Start, folder: Path, snapshot: Snapshot
+) -> None:
+    memory = folder / "vm.mem"
+    shutil.copyfile(snapshot.memory, memory)
+    with memory.open("r+b") as writer:
+        restore = start("--clones", "3", memory=memory)
+        vms = restore.event("running", SPELL)["vms"]
+        # What cannot be had any more cannot come in time.
+        writer.truncate(memory.stat().st_size // 2)
+        restore.signal(signal.SIGTERM)
+        restore.event("draining", SPELL)
+        restore.signal(signal.SIGTERM)
+        assert restore.finish(SPELL) == 1
+    assert "stands still" not in restore.said()
+    for vm in vms:
+        assert f"vm-{vm['pid']}: Firecracker was killed by SIGKILL" in restore.said()
+    assert list((folder / "run").iterdir()) == []
 
 
 @pytest.mark.needs_root

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from actors.firecracker_vm import QUIET, RestoredGuest, Snapshot, find_program
+from actors.firecracker_vm import QUIET, SPELL, RestoredGuest, Snapshot, find_program
 from latepage import FirecrackerError
 from latepage.firecracker import Jailer, Owner, restore
 
@@ -92,6 +92,18 @@ def test_a_jail_that_was_made_ready_keeps_what_is_not_ours(
         path.unlink()
     for folder in (root / "dev", root, root.parent, root.parent.parent):
         folder.rmdir()
+
+
+def test_how_a_vm_in_a_pid_namespace_of_its_own_ended_is_not_told_wrong(
+    firecracker: Path, jailer_program: Path, jails: Path, snapshot: Snapshot
+) -> None:
+    jailer = Jailer(program=jailer_program, owner=OWNER, chroot_base=jails, arguments=("--new-pid-ns",))
+    with restore(snapshot.state, snapshot.memory, firecracker=firecracker, jailer=jailer) as restored:
+        os.kill(restored.vm.pid, signal.SIGKILL)
+        assert restored.wait(SPELL)
+        # It was no child of ours: the jailer was, and ended well.
+        assert restored.vm.process.status is None
+        assert "cannot be told" in restored.vm.process.how_it_ended()
 
 
 @pytest.mark.parametrize("arguments", [(), ("--new-pid-ns",)], ids=["", "in a pid namespace of its own"])

@@ -42,6 +42,27 @@ def test_sigterm_gives_the_vms_all_that_they_lack_and_lets_them_go(
         assert vm.read(9) == 0
 
 
+def test_sighup_however_often_only_asks_to_finish(serve: Callable[..., Serve], peer: Callable[[], Peer]) -> None:
+    # A terminal that is closed may send two: one by its shell, one by the kernel.
+    pager, vm = serve(), peer()
+    vm.map(SIZE, "private")
+    name = vm.introduce(pager.socket, form="latepage")
+    assert vm.read(3) == first_byte(3)
+    pager.signal(signal.SIGHUP)
+    pager.event("waiting-for", vm=name)
+    pager.signal(signal.SIGHUP)
+    vm.child.kill()
+    assert pager.finish() == 0
+
+
+def test_sighup_stays_ignored_where_it_was(folder: Path, memory_file: Path) -> None:
+    with Serve(folder / "pager.sock", memory_file, under=("nohup",)) as pager:
+        pager.event("listening")
+        status = dict(line.split(":\t", 1) for line in Path(f"/proc/{pager.pid}/status").read_text().splitlines())
+        assert int(status["SigIgn"], 16) >> (signal.SIGHUP - 1) & 1
+        assert int(status["SigCgt"], 16) >> (signal.SIGTERM - 1) & 1
+
+
 def test_the_drain_waits_for_private_memory_and_names_its_vm_and_takes_no_other(
     serve: Callable[..., Serve], peer: Callable[[], Peer]
 ) -> None:

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from actors.check import check
 from actors.memory_file import PAGE, first_byte
 from actors.peer import Peer
 from actors.serve import Serve
+from latepage.check import proc
 
 pytestmark = [pytest.mark.needs_root, pytest.mark.needs("/dev/userfaultfd")]
 
@@ -59,3 +61,29 @@ def test_a_vm_that_cannot_be_seen_is_not_killed_but_held_and_reported(
         assert [line for line in vm.lines if line["did"] == "touched" and line["page"] == 200] == []
         vm.signal(signal.SIGKILL)
         pager.event("ended")
+
+
+@pytest.mark.parametrize("pager_alive", [True, False])
+def test_in_a_container_check_does_not_say_that_a_pager_outside_is_none(
+    folder: Path, memory_file: Path, under: tuple[str, ...], pager_alive: bool
+) -> None:
+    if shutil.which("nsenter") is None:
+        pytest.skip("no nsenter to look into a pid namespace with")
+    with Serve(folder / "pager.sock", memory_file) as pager, Peer(under=(*under, "--mount-proc")) as vm:
+        pager.event("listening")
+        vm.map(SIZE)
+        vm.introduce(pager.socket, form="latepage", name="vm-7")
+        pager.event("session-started", vm="vm-7")
+        assert vm.read(3) == first_byte(3)
+        if not pager_alive:
+            pager.child.kill()
+            pager.child.wait()
+        outside = int(Path(f"/proc/{vm.pid}/task/{vm.pid}/children").read_text())
+        inside = check(1, "--json", under=("nsenter", "--target", str(outside), "--pid", "--mount"))
+        assert (inside.status, inside.report["verdict"]) == (0, "unseen"), inside
+        assert "end it" not in inside.report["todo"]
+        assert inside.report["unseen"] == ["processes outside of this container"]
+        from_the_host = check(outside, "--json").report
+        # The tests may run in a container themselves.
+        alone = "unseen" if proc.is_enclosed() else "unserved"
+        assert from_the_host["verdict"] == ("served" if pager_alive else alone)

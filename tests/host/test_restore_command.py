@@ -119,7 +119,7 @@ def test_a_vm_that_is_killed_is_a_failure_and_named(start: Start, folder: Path) 
     assert left_in(folder) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_lets_the_vms_go_on_without_it(start: Start, folder: Path, number: signal.Signals) -> None:
     restore = start("--clones", "2")
     running = vms(restore)
@@ -150,7 +150,7 @@ def test_a_second_signal_treats_the_vms_that_lack_memory_as_it_was_told_and_name
     assert left_in(folder) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_before_the_vms_run_takes_the_restore_back(start: Start, folder: Path, number: signal.Signals) -> None:
     restore = start("--clones", "2", fault="hangs-in-load")
     pids = [restore.event("step", step="start", clone=clone)["pid"] for clone in (1, 2)]
@@ -159,6 +159,21 @@ def test_a_signal_before_the_vms_run_takes_the_restore_back(start: Start, folder
     assert "taken back" in restore.said()
     assert not any(alive(pid) for pid in pids)
     assert left_in(folder) == []
+
+
+def test_a_reader_of_its_lines_who_has_gone_ends_neither_it_nor_its_vms(start: Start, folder: Path) -> None:
+    restore = start("--clones", "2")
+    killed, other = vms(restore)
+    assert restore.child.stdout is not None
+    restore.child.stdout.close()
+    os.kill(killed["pid"], signal.SIGKILL)
+    until(lambda: not alive(killed["pid"]))
+    restore.signal(signal.SIGTERM)
+    assert restore.child.wait(PATIENCE) == 1
+    assert "Traceback" not in restore.said()
+    assert f"vm-{other['pid']} goes on without a pager" in restore.said()
+    with Client(other["api_sock"], timeout=10) as client:
+        assert client.info().state == "Running"
 
 
 def test_killed_itself_it_leaves_its_vms_alive(start: Start) -> None:
@@ -248,11 +263,36 @@ def test_what_is_not_understood_ends_with_2(start: Start, folder: Path, more: tu
     assert left_in(folder) == []
 
 
-def test_on_a_terminal_it_shows_the_steps_and_then_the_vm(flags: tuple[str | Path, ...]) -> None:
+def on_a_terminal(flags: tuple[str | Path, ...]) -> tuple["subprocess.Popen[bytes]", int]:
+    """The command on a terminal, and the terminal's other end."""
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "latepage", "restore", *map(str, flags)]
     child = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env={**os.environ, "COLUMNS": "120"})
     os.close(theirs)
+    return child, ours
+
+
+def test_a_terminal_that_is_closed_ends_neither_it_nor_its_vm(flags: tuple[str | Path, ...], folder: Path) -> None:
+    api_sock = folder / "vm.sock"
+    child, ours = on_a_terminal((*flags, "--api-sock", api_sock))
+    shown = ""
+    while "running: 1 VM after" not in shown:
+        shown += os.read(ours, 65536).decode(errors="replace")
+    os.close(ours)
+    pid = re.search(r"pid (\d+)", shown)
+    assert pid is not None
+    try:
+        child.send_signal(signal.SIGHUP)
+        assert child.wait(10) == 0
+        with Client(api_sock, timeout=10) as client:
+            assert client.info().state == "Running"
+    finally:
+        child.kill()
+        os.kill(int(pid[1]), signal.SIGKILL)
+
+
+def test_on_a_terminal_it_shows_the_steps_and_then_the_vm(flags: tuple[str | Path, ...]) -> None:
+    child, ours = on_a_terminal(flags)
     shown = ""
     with suppress(OSError):  # EIO: the other end is closed
         while data := os.read(ours, 65536):

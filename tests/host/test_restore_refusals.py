@@ -5,10 +5,13 @@ userfaultfd.
 """
 
 import asyncio
+import errno
 import gc
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -20,7 +23,10 @@ import pytest
 from actors.faulty_firecracker import write_program, write_state_file
 from actors.memory_file import PAGE, write_memory_file
 from latepage import FirecrackerError, LatepageError, Policy, PolicyError, SourceError
+from latepage.events import Event, NoMemory
 from latepage.firecracker import Jailer, Owner, restore, restoring
+from latepage.firecracker.place import Folder
+from latepage.firecracker.restore import _with_words_of_the_pager
 
 PAGES = 256
 
@@ -137,6 +143,16 @@ def test_its_own_error_is_passed_on_whole_below_ours(refused: Refused, folder: P
     assert "Error: RunWithApi(BuildMicroVmError(Restore))" in str(error)
 
 
+@pytest.mark.parametrize(("device", "ours"), [("Network", "no network interface of that name"), ("Vsock", "no vsock device")])
+def test_a_device_that_the_snapshot_does_not_have_is_not_told_as_a_damaged_file(refused: Refused, device: str, ours: str) -> None:
+    says = (
+        f"Load snapshot error: Failed to restore from snapshot: Failed to get snapshot state from file: Unknown {device} Device."
+    )
+    error = refused("refuses-to-load", "--says", says)
+    assert "damaged" not in str(error)
+    assert str(error).index(ours) < str(error).index(f"Firecracker: {says}")
+
+
 def test_a_vmm_that_dies_while_it_loads_is_no_hang(refused: Refused) -> None:
     error = refused("dies-in-load")
     assert "ended with status 149 while it loaded" in str(error)
@@ -166,6 +182,12 @@ def test_what_the_pager_refuses_is_said_in_its_words(refused: Refused) -> None:
     assert "it is not this VM's snapshot" in str(error)
 
 
+def test_a_pager_without_memory_for_a_page_says_so_where_a_step_took_too_long() -> None:
+    told: list[Event] = [NoMemory(at=float(n), vm="vm-1", address=n) for n in range(3)]
+    error = _with_words_of_the_pager(FirecrackerError("the snapshot was not loaded within 30 s"), told)
+    assert str(error).count("no memory for a page of it; are huge pages free") == 1
+
+
 @pytest.mark.needs("/dev/userfaultfd")
 def test_one_of_several_that_fails_takes_the_others_back(refused: Refused, folder: Path) -> None:
     # A folder in which the second socket cannot be made.
@@ -184,9 +206,103 @@ def test_files_that_are_not_there_or_not_what_they_should_be_are_refused_before_
         restore(snapshot[0], folder / "no.mem", firecracker=actor)
 
 
+UNPRIVILEGED = """
+import contextlib, os, sys
+import latepage.cli.restore
+from latepage.firecracker import FirecrackerError, restore
+# What is imported on the way may be where only root can read.
+with contextlib.suppress(FirecrackerError):
+    restore(sys.argv[3], sys.argv[5], firecracker="/bin/false")
+os.setgroups([])
+os.setresgid(65534, 65534, 65534)
+os.setresuid(65534, 65534, 65534)
+from latepage.cli import main
+main()
+"""
+
+
+@pytest.fixture
+def refused_as_nobody(folder: Path, snapshot: tuple[Path, Path]) -> Callable[..., str]:
+    """What the command says to a user without any rights."""
+    folder.chmod(0o755)
+    (folder / "run").chmod(0o777)
+    state, memory = snapshot
+    for path in snapshot:
+        path.chmod(0o644)
+        os.chown(path, 65534, 65534)
+
+    def run(*flags: str | Path) -> str:
+        arguments = ["--state", state, "--memory", memory, "--firecracker", "/bin/false", *flags]
+        command = [sys.executable, "-c", UNPRIVILEGED, "restore", *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        assert done.returncode == 1, done.stderr
+        assert "Traceback" not in done.stderr
+        return done.stderr
+
+    return run
+
+
+@pytest.mark.needs_root
+def test_socket_paths_that_a_user_may_not_use_are_told_with_what_is_in_the_way(
+    refused_as_nobody: Callable[..., str], folder: Path
+) -> None:
+    for name, mode in (("closed", 0o700), ("read-only", 0o755), ("sticky", 0o1777)):
+        (folder / name).mkdir()
+        (folder / name).chmod(mode)
+    for name in ("closed/api.sock", "read-only/api.sock"):
+        assert f"no right to make a file in {(folder / name).parent}" in refused_as_nobody("--api-sock", folder / name)
+    with socket.socket(socket.AF_UNIX) as stale, socket.socket(socket.AF_UNIX) as live:
+        stale.bind(str(folder / "sticky/stale.sock"))
+        (folder / "sticky/stale.sock").chmod(0o666)
+        live.bind(str(folder / "sticky/live.sock"))
+        (folder / "sticky/live.sock").chmod(0o600)
+        live.listen()
+        assert "stale.sock: Operation not permitted" in refused_as_nobody("--api-sock", folder / "sticky/stale.sock")
+        assert "a socket of another user" in refused_as_nobody("--api-sock", folder / "sticky/live.sock")
+    for name in ("stale", "live"):
+        (folder / f"sticky/{name}.sock").unlink()
+
+
+@pytest.mark.needs_root
+def test_to_run_it_as_oneself_takes_no_rights(refused_as_nobody: Callable[..., str]) -> None:
+    assert "ended with status 1 before it answered" in refused_as_nobody("--owner", "65534:65534")
+
+
+@pytest.mark.needs_root
+def test_to_run_it_as_another_takes_root(refused_as_nobody: Callable[..., str]) -> None:
+    assert "takes root" in refused_as_nobody("--owner", "65534:0")
+
+
+def test_where_no_private_folder_can_be_made_each_that_was_tried_is_named(
+    refused: Refused, runtime: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(**_: object) -> str:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    # It asks nobody else for one, who would try the working directory.
+    monkeypatch.setattr("tempfile.gettempdir", read_only)
+    monkeypatch.setattr("tempfile.mkdtemp", read_only)
+    assert f"no folder for the sockets: {runtime}: Read-only file system; /tmp: Read-only file system" in str(refused())
+
+
+def test_a_runtime_folder_that_is_relative_or_no_text_is_not_taken(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, runtime: Path
+) -> None:
+    # XDG Base Directory Specification: such a path is to be ignored. JSON cannot have the other.
+    monkeypatch.chdir(folder)
+    (folder / "\udcff").mkdir()
+    for other in ("run", str(folder / "\udcff")):
+        monkeypatch.setenv("XDG_RUNTIME_DIR", other)
+        private = Folder(None)
+        assert private.path.parent == runtime
+        private.remove()
+
+
 def test_socket_paths_that_cannot_be_are_refused_before_anything_starts(refused: Refused, folder: Path) -> None:
     assert "can have 107" in str(refused(api_sock=folder / ("x" * 120)))
     assert "there is no folder" in str(refused(api_sock=folder / "none" / "api.sock"))
+    assert "choose two paths" in str(refused(api_sock=folder / "one.sock", socket=folder / "one.sock"))
+    assert "no UTF-8" in str(refused(api_sock=folder / "\udcff.sock"))
     with socket.socket(socket.AF_UNIX) as owner:
         owner.bind(str(folder / "live.sock"))
         owner.listen()
@@ -210,6 +326,18 @@ def test_a_folder_that_its_user_cannot_reach_is_named_before_anything_starts(
     assert f"user 65534, which may not pass through {closed}" in str(error)
     snapshot[0].chmod(0o600)
     assert f"may not read {snapshot[0]}" in str(refused(owner=owner))
+
+
+@pytest.mark.needs_root
+def test_of_its_users_groups_it_is_in_none_but_the_one_that_was_named(
+    refused: Refused, folder: Path, snapshot: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder.chmod(0o755)
+    state, _ = snapshot
+    state.chmod(0o640)
+    os.chown(state, 0, 4242)
+    monkeypatch.setattr("os.getgrouplist", lambda _name, group: [group, 4242])
+    assert f"may not read {state}" in str(refused(owner=Owner(65534, 65534)))
 
 
 @pytest.mark.needs_root

@@ -25,9 +25,10 @@ def facts(
     itself: bool = False,
     stuck: tuple[Thread, ...] = (),
     lasting: int = 0,
+    enclosed: bool = False,
 ) -> Facts:
     search = Search(tuple(Holder(holder, 9, 5, False) for holder in holders), unseen, "kcmp")
-    return Facts(VMM, descriptors, regions, search, itself, stuck, lasting, 1.04)
+    return Facts(VMM, descriptors, regions, search, itself, stuck, lasting, 1.04, enclosed)
 
 
 UNREAD = (Descriptor(5, 1, 1, 1, 8),)
@@ -70,6 +71,38 @@ def test_whoever_may_not_look_everywhere_does_not_say_that_nobody_is_there(
     said = judge(facts(unseen=(STRANGER,)))
     assert said[0] == word
     assert may_look == ("process 30 (secret)" in said[1])
+    assert may_look == ("if process 30 (secret) is no pager, end it" in (said[2] or ""))
+
+
+@pytest.mark.parametrize(
+    ("seen", "word"),
+    [
+        (facts(enclosed=True), "unseen"),
+        (facts(enclosed=True, regions=(WHOLE,)), "unseen"),
+        (facts(enclosed=True, unseen=(STRANGER,)), "unseen"),
+        (facts(enclosed=True, stuck=(FAULT,), descriptors=UNREAD), "hangs"),
+    ],
+)
+def test_in_a_container_a_vm_is_never_to_be_ended_for_want_of_a_pager_that_may_be_outside(
+    seen: Facts, word: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verdict, "has_capability", lambda _: True)
+    said = judge(seen)
+    assert said[0] == word
+    assert "outside of it does not show" in said[1]
+    assert "look from the host" in (said[2] or "")
+    assert "end it" not in (said[2] or "")
+
+
+def test_a_pager_that_shows_in_a_container_is_a_pager() -> None:
+    assert judge(facts(enclosed=True, holders=(PAGER,)))[0] == "served"
+
+
+def test_whoever_may_not_look_into_others_and_sees_none_does_not_say_that_nobody_is_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(verdict, "has_capability", lambda _: False)
+    assert judge(facts(unseen=()))[0] == "unseen"
 
 
 def test_a_fault_that_hangs_is_said_to_whoever_may_look_only_a_little(monkeypatch: pytest.MonkeyPatch) -> None:

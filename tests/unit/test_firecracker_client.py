@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from latepage import FirecrackerError
+from latepage import FirecrackerError, PolicyError
 from latepage.firecracker import AsyncClient, Client, MemoryBackend, Version
 
 Answer = tuple[int, object]
@@ -86,6 +86,13 @@ def async_ask(path: Path, what: Callable[[Any], Any]) -> Any:
 
 Ask = Callable[[Path, Callable[[Any], Any]], Any]
 both = pytest.mark.parametrize("ask", [sync_ask, async_ask], ids=["sync", "async"])
+
+
+@both
+def test_sizes_that_firecracker_cannot_have_are_refused_and_not_cut(api: Api, ask: Ask) -> None:
+    with pytest.raises(PolicyError, match="whole MiB"):
+        ask(api.path, lambda client: client.set_balloon((64 << 20) + 4096))
+    assert api.asked == []
 
 
 @both

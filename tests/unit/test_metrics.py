@@ -164,6 +164,17 @@ def test_the_dashboard_and_the_docs_ask_only_for_what_is_exported(pager: PagerSt
             assert expression.count(opening) == expression.count(closing), f"{where}: {expression}"
 
 
+def test_a_pager_that_is_gone_is_asked_for_of_what_outlives_it() -> None:
+    """What it counts in its last moment is never scraped: `up`, and what was scraped before, are."""
+    assert "left" not in EVENTS
+    questions = re.findall(r"^\|.*\| `(.*latepage_.*)` \|$", (ROOT / "docs" / "metrics.md").read_text(), re.MULTILINE)
+    for asked in ([expression for _, expression in expressions()], questions):
+        gone = [expression for expression in asked if re.search(r"\bup\{", expression)]
+        assert len(gone) == 1
+        assert "== 0" in gone[0]
+        assert "last_over_time(latepage_vms" in gone[0]
+
+
 def test_counters_are_asked_for_as_rates() -> None:
     for where, expression in expressions():
         for counter in re.finditer(r"latepage_\w+(_total|_bucket|_count)\b", expression):

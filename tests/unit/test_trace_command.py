@@ -113,6 +113,25 @@ def test_diff_tells_the_overlap_and_the_order(a: Path, b: Path) -> None:
     assert "-1.00" in shown
 
 
+def test_diff_and_merge_say_what_does_not_show(a: Path, tmp_path: Path) -> None:
+    wide = write_trace(tmp_path / "wide.trace", OTHER, fault_around=65536)
+    figures = json.loads(run("diff", a, wide, "--json").stdout)
+    assert (figures["granule"], figures["populated"], figures["both"], figures["only_b"]) == (65536, True, 2, 1)
+    said = " ".join(run("diff", a, wide).stdout.split())
+    assert "stretches of 64 KiB that either touched" in said
+    assert "later touches of it do not show" in said
+    assert "population brought pages ahead of the guest" in said
+    merged = tmp_path / "m"
+    for shown in (run("merge", a, wide, "--output", merged), run("show", merged)):
+        assert "later touches of that do not show" in shown.stdout
+        assert "population brought pages ahead of the guest" in shown.stdout
+    (figures,) = json.loads(run("show", merged, "--json").stdout)
+    assert (figures["granule"], figures["populated"]) == (65536, True)
+    plain = run("diff", wide, wide, "--json"), run("diff", *[write_trace(tmp_path / "plain.trace", OTHER)] * 2)
+    assert json.loads(plain[0].stdout)["populated"] is False
+    assert "do not show" not in plain[1].stdout
+
+
 def test_diff_of_what_does_not_fit_names_both_files(a: Path, tmp_path: Path) -> None:
     other = write_trace(tmp_path / "other.trace", [], regions=(Region(0, 0, 2 << 20, 0, 4096),))
     said = run("diff", a, other)
@@ -124,12 +143,12 @@ def test_merge_writes_one_order_and_show_shows_it(a: Path, b: Path, tmp_path: Pa
     merged = tmp_path / "boot.merged"
     said = run("merge", a, b, "--output", merged)
     assert (said.returncode, said.stderr) == (0, "")
-    assert "4 pages (16 KiB) that 2 runs touched: vm-a, vm-b" in said.stdout
+    assert "4 pages (16 KiB) that 2 runs were seen to touch: vm-a, vm-b" in said.stdout
     assert "2 by 2 of them" in said.stdout
-    assert list(read_merged(merged).pages) == [200, 7, 30, 100]
+    assert list(read_merged(merged).pages) == [7, 200, 30, 100]
     (figures,) = json.loads(run("show", merged, "--json").stdout)
     assert (figures["touched"], figures["touched_by"]) == (4, {"1": 2, "2": 2})
-    assert "that 2 runs touched" in run("show", merged).stdout
+    assert "that 2 runs were seen to touch" in run("show", merged).stdout
 
 
 def test_a_merge_that_fails_leaves_nothing_behind(a: Path, tmp_path: Path) -> None:

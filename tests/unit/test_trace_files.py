@@ -1,8 +1,12 @@
 """Trace files: what a reader gets of whole ones, of those that were cut off, and of bytes that are none."""
 
+import os
+import random
+import stat
 import struct
 import tracemalloc
 import zlib
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,11 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from actors.trace_files import REGION, header, record, trace_bytes, write_trace
+from latepage import Pager
 from latepage.errors import TraceError
 from latepage.memory import Region
-from latepage.observe import Run, Trace, merge, read_any, read_merged, read_trace, summarize, write_merged
+from latepage.observe import Recorder, Run, Trace, compare, merge, read_any, read_merged, read_trace, summarize, write_merged
 from latepage.observe import trace_format as form
-from latepage.observe.trace_writer import encode_end
+from latepage.observe.trace_writer import TraceWriter, encode_end
 
 RECORDS = [
     (7, 1, "demand", 1_000),
@@ -212,9 +217,82 @@ def test_merging_gives_the_order_of_earliest_touches_and_counts_runs(tmp_path: P
     assert list(merge([a, b], min_runs=2).pages) == [9]
     write_merged(tmp_path / "m", merged)
     again = read_merged(tmp_path / "m")
-    assert (list(again.pages), list(again.touched_by), list(again.seconds)) == ([5, 9, 4], [1, 2, 1], [1e-8, 2e-8, 4e-8])
+    assert (list(again.pages), list(again.touched_by), list(again.seconds)) == ([5, 9, 4], [1, 2, 1], [0, 0, 2e-8])
     assert again.merged == (("a", 1e9), ("b", 1e9))
     assert again.ranges() == [(5 * 4096, 4096), (9 * 4096, 4096), (4 * 4096, 4096)]
+
+
+@pytest.fixture
+def generous_umask() -> Iterator[None]:
+    before = os.umask(0)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.usefixtures("generous_umask")
+def test_what_a_guest_touched_is_its_owners_affair(tmp_path: Path) -> None:
+    folder = tmp_path / "traces"
+    with Pager() as pager, Recorder(pager, folder):
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    writer = TraceWriter(folder, "vm-7", {"regions": form.regions_as_json((REGION,))})
+    growing = stat.S_IMODE(writer.path.stat().st_mode)
+    writer.finish({})
+    assert (growing, stat.S_IMODE(writer.path.stat().st_mode)) == (0o600, 0o600)
+    write_merged(folder / "m", merge([read_trace(writer.path)]))
+    assert stat.S_IMODE((folder / "m").stat().st_mode) == 0o600
+
+
+def test_a_run_that_began_late_is_merged_as_if_it_had_not(tmp_path: Path) -> None:
+    late = 370_000_000_000
+    records = [(5, 1, "demand", 10), (9, 1, "demand", 30), (4, 1, "demand", 50)]
+    a = read_trace(write_trace(tmp_path / "a", records))
+    b = read_trace(write_trace(tmp_path / "b", [(7, 1, "demand", late + 10), (8, 1, "demand", late + 20)]))
+    assert list(merge([a, b]).pages) == [5, 7, 8, 9, 4]
+
+
+def verified(tmp_path: Path, name: str, order: list[int], around: int) -> Trace:
+    """A guest that touched every page in that order, with a window of so many pages around each: what its pager records."""
+    records, there = [], set[int]()
+    for ns, page in enumerate(order):
+        if page not in there:
+            window_end = (page // around + 1) * around
+            beside = next((other for other in range(page + 1, window_end) if other in there), window_end)
+            records.append((page, 1, "demand", ns))
+            if beside > page + 1:
+                records.append((page + 1, beside - page - 1, "beside", ns))
+            there.update(range(page, beside))
+    return read_trace(write_trace(tmp_path / name, records, fault_around=around * 4096))
+
+
+def test_two_guests_that_touched_everything_overlap_in_everything_whatever_fault_around_hid(tmp_path: Path) -> None:
+    pages = list(range(256))
+    shuffled = random.Random(7).sample(pages, len(pages))
+    a, b = verified(tmp_path, "a", pages, 16), verified(tmp_path, "b", shuffled, 4)
+    assert set(a.touches()) < set(b.touches()) < set(pages), "both traces lack touches"
+    difference = compare(a, b)
+    assert (difference.granule, difference.unit, difference.jaccard) == (65536, "stretches of 64 KiB", 1.0)
+    assert difference.both == tuple(range(first, first + 16) for first in range(0, 256, 16))
+    assert (difference.only_a, difference.only_b, difference.populated) == ((), (), False)
+    assert compare(a, verified(tmp_path, "c", pages[::-1], 16)).order == -1.0
+    assert merge([a, b]).granule == 65536
+
+
+def test_stretches_are_those_of_the_snapshot_and_end_with_their_region(tmp_path: Path) -> None:
+    regions = (replace(REGION, size=10 * 4096, offset=12 * 4096), replace(REGION, gpa=1 << 32, size=6 * 4096, offset=32 * 4096))
+    records = [(3, 1, "demand", 1), (4, 1, "demand", 2), (9, 1, "demand", 3), (10, 1, "demand", 4)]
+    a = read_trace(write_trace(tmp_path / "a", records, regions=regions, fault_around=16 * 4096))
+    assert compare(a, a).both == (range(4), range(4, 10), range(10, 16))
+    b = read_trace(write_trace(tmp_path / "b", records, regions=regions, fault_around=12 * 4096))
+    assert compare(a, b).granule == 48 * 4096, "whole windows of both"
+
+
+def test_what_population_hid_is_told(tmp_path: Path) -> None:
+    a = read_trace(write_trace(tmp_path / "a", [(5, 1, "demand", 10)]))
+    b = read_trace(write_trace(tmp_path / "b", [(5, 1, "demand", 10), (8, 9, "population", 11)]))
+    assert (compare(a, a).populated, compare(a, b).populated) == (False, True)
+    write_merged(tmp_path / "m", merge([a, b]))
+    again = read_merged(tmp_path / "m")
+    assert (again.populated, again.granule) == (True, 4096)
 
 
 def test_a_merged_trace_that_was_cut_off_is_refused(tmp_path: Path) -> None:

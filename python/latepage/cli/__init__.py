@@ -1,12 +1,12 @@
 """The command line: one file per command, each imported only when it is called."""
 
 import errno
-import os
 import signal
 import sys
 
 import cyclopts
 
+from latepage.cli.output import mute, open_standard_streams
 from latepage.errors import LatepageError, PolicyError
 
 __all__ = ["app", "main"]
@@ -35,6 +35,7 @@ app.command("latepage.cli.demo:app", name="demo", help="Restore one VM three way
 
 def main() -> None:
     """Runs the command line. Exit codes: 0 done, 1 failed, 2 not understood."""
+    open_standard_streams()
     try:
         try:
             app()
@@ -42,12 +43,12 @@ def main() -> None:
             sys.stdout.flush()
     except BrokenPipeError:
         # Whoever read has had enough.
-        _close_output()
+        mute(sys.stdout)
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         if error.errno != errno.ENOSPC or error.filename is not None:
             raise
-        _close_output()
+        mute(sys.stdout)
         print(f"latepage: what was to be told could not be written: {error.strerror}", file=sys.stderr)
         sys.exit(1)
     except LatepageError as error:
@@ -56,10 +57,3 @@ def main() -> None:
         sys.exit(2 if isinstance(error, PolicyError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def _close_output() -> None:
-    """What is still in the buffer is not tried again at exit."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
-    os.close(nowhere)

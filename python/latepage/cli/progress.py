@@ -12,6 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from latepage.cli.output import listening_or_not
 from latepage.events import Event, Failed, Refused, Stall
 from latepage.memory import format_size
 from latepage.pager import Pager
@@ -33,7 +34,8 @@ class ProgressView:
         self._live = Live(console=self._console, auto_refresh=False, transient=True)
 
     def __enter__(self) -> Self:
-        self._live.start()
+        with listening_or_not():
+            self._live.start()
         self.refresh()
         return self
 
@@ -43,7 +45,8 @@ class ProgressView:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._live.stop()
+        with listening_or_not():
+            self._live.stop()
 
     def watch(self, event: Event) -> None:
         """Prints an event above the table."""
@@ -55,11 +58,14 @@ class ProgressView:
         style = "bold red" if isinstance(event, Failed | Refused | Stall) else "cyan"
         clock = time.strftime("%H:%M:%S", time.localtime(event.at))
         rest = "  ".join(f"[dim]{name}[/] {escape(str(value))}" for name, value in said.items())
-        self._console.print(f"[dim]{clock}[/] [{style}]{event.event}[/]  {rest}", soft_wrap=True, highlight=False)
+        with listening_or_not():
+            self._console.print(f"[dim]{clock}[/] [{style}]{event.event}[/]  {rest}", soft_wrap=True, highlight=False)
 
     def refresh(self) -> None:
         """Draws the table anew."""
-        self._live.update(self._table(), refresh=True)
+        table = self._table()
+        with listening_or_not():
+            self._live.update(table, refresh=True)
 
     def _table(self) -> RenderableType:
         sessions = self._pager.sessions()

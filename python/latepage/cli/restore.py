@@ -6,20 +6,21 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
+from latepage.cli.output import say
 from latepage.cli.rights import lacking
 from latepage.cli.serve import as_flags_say, run
 from latepage.cli.signals import Signals
 from latepage.cli.sizes import Owner, Size
 from latepage.cli.status import StatusAddress, telling
 from latepage.errors import PolicyError
-from latepage.events import Ended, Event
+from latepage.events import Ended, Event, Failed
 from latepage.firecracker import Jailer, Options, Restoration, RestoredVm, Step
 from latepage.firecracker.restore import bring_up
 from latepage.policy import OnMissing, Populate
@@ -30,14 +31,17 @@ __all__ = ["app"]
 Flag = Annotated[bool, Parameter(negative=(), show_default=False)]
 Texts = Annotated[tuple[str, ...], Parameter(negative=(), consume_multiple=False, show_default=False, allow_leading_hyphen=True)]
 
+LAST_PATIENCE = 30.0
+"""Seconds that VMs have to get what they lack, where this command fails under them."""
+
 INTERRUPTED = 130
 """Exit status where the restore was taken back by a signal, as a shell has it for Ctrl-C."""
 
 app = App(
     name="restore",
-    help_epilogue="It stays as the pager of its VMs until they end. SIGTERM or Ctrl-C lets them go on without it: they get all "
-    "that they lack, and the command ends with 0. A second one treats those that still lack memory as --on-missing says, and the "
-    "command ends with 1. Before the VMs run, a signal takes the restore back: nothing is left of it.",
+    help_epilogue="It stays as the pager of its VMs until they end. SIGTERM, SIGHUP or Ctrl-C lets them go on without it: they "
+    "get all that they lack, and the command ends with 0. A second SIGTERM or Ctrl-C treats those that still lack memory as "
+    "--on-missing says, and the command ends with 1. Before the VMs run, a signal takes the restore back: nothing is left of it.",
 )
 
 
@@ -127,7 +131,7 @@ def restore(
         else Jailer(program=jailer, owner=owner, chroot_base=chroot_base_dir, id=jail_id, arguments=jailer_arg)
     )
     for line in lacking(replace(policy, allow_uids={os.geteuid() if owner is None else owner.uid})):
-        print(f"latepage restore: {line}", file=sys.stderr, flush=True)
+        say(f"latepage restore: {line}")
     source = open_source(memory)
     report = _Report(json=json, clones=clones)
     options = Options(
@@ -165,11 +169,12 @@ def restore(
         report.begins(state, firecracker)
         restoration = asyncio.run(_unless_told_to_end(bring_up(state, source, replace(options, on_prepared=watch)), signals))
         if restoration is None:
-            print("latepage: the restore was taken back: no VM runs", file=sys.stderr)
+            say("latepage: the restore was taken back: no VM runs")
             return INTERRUPTED
-        with restoration:
+        try:
             report.running(restoration, paused=paused)
-            left = _stay(restoration, signals, report, source)
+            left = _stay(restoration, signals, [report.heed], source if report.terminal else None)
+            restoration.wait_for_killed(left or ())
             failed = [vm for vm in restoration.vms if report.has_ended(vm)]
             # What looks at the pager ends before it does.
             stack.close()
@@ -177,11 +182,19 @@ def restore(
             for vm in restoration.vms:
                 if vm.lives_on:
                     report.lives_on(vm, left or ())
+        finally:
+            # Once they run, what goes wrong with us is no reason to end them.
+            restoration.leave(LAST_PATIENCE)
     return 1 if left is not None or failed else 0
 
 
-def _stay(restoration: Restoration, signals: Signals, report: "_Report", source: Source) -> list[str] | None:
-    """Serves until all VMs have ended or need no pager, or as signals say; the VMs that are left lacking, if any."""
+def _stay(
+    restoration: Restoration, signals: Signals, watchers: list[Callable[[Event], None]], shown: Source | None
+) -> list[str] | None:
+    """Serves until all VMs have ended or need no pager, or as signals say; the VMs that are left lacking, if any.
+
+    On a terminal it shows how they get their memory from the source `shown`.
+    """
     pager = restoration.pager
     if pager is None:
         return None
@@ -194,17 +207,12 @@ def _stay(restoration: Restoration, signals: Signals, report: "_Report", source:
             # Nobody else will come: the socket was made for these.
             pager.drain()
 
-    watchers: list[Callable[[Event], None]] = [count]
-    if report.terminal:
-        from latepage.cli.progress import ProgressView
+    if shown is None:
+        return run(pager, signals, [count, *watchers], None)
+    from latepage.cli.progress import ProgressView
 
-        view: Any = ProgressView(pager, Path(restoration.vms[0].place.pager_sock), source)
-    else:
-        view = nullcontext()
-    with view as shown:
-        if shown is not None:
-            watchers.append(shown.watch)
-        return run(pager, signals, watchers, None if shown is None else shown.refresh)
+    with ProgressView(pager, Path(restoration.vms[0].place.pager_sock), shown) as view:
+        return run(pager, signals, [count, *watchers, view.watch], view.refresh)
 
 
 async def _unless_told_to_end(work: Any, signals: Signals) -> Restoration | None:
@@ -229,18 +237,23 @@ class _Report:
         self.terminal = sys.stderr.isatty() and not json
         self.log = None if self.terminal else (sys.stdout if json else sys.stderr).fileno()
         self._clones = clones
+        self._failed: set[str] = set()
+
+    def heed(self, event: Event) -> None:
+        """Keeps in mind whose pages could not be had."""
+        if isinstance(event, Failed):
+            self._failed.add(event.vm)
 
     def begins(self, state: Path, firecracker: str) -> None:
         if self.terminal:
-            print(f"restoring {state} with {firecracker}", file=sys.stderr, flush=True)
+            say(f"restoring {state} with {firecracker}")
 
     def step(self, step: Step) -> None:
         if not self.terminal:
             return self._line(step.as_dict())
         who = f"VM {step.clone}  " if self._clones > 1 and step.clone else ""
         pid = f"  pid {step.pid}" if step.step == "start" else ""
-        print(f"  {step.step:<8} {step.seconds * 1e3:8.1f} ms  {who}{step.what}{pid}", file=sys.stderr, flush=True)
-        return None
+        return say(f"  {step.step:<8} {step.seconds * 1e3:8.1f} ms  {who}{step.what}{pid}")
 
     def running(self, restoration: Restoration, *, paused: bool) -> None:
         now = "loaded, and paused" if paused else "running"
@@ -259,8 +272,7 @@ class _Report:
                 {"event": "running", "at": time.time(), "seconds": restoration.seconds, "paused": paused, "vms": vms}
             )
         count = "1 VM" if len(vms) == 1 else f"{len(vms)} VMs"
-        print(f"{now}: {count} after {restoration.seconds * 1e3:.1f} ms", file=sys.stderr, flush=True)
-        return None
+        return say(f"{now}: {count} after {restoration.seconds * 1e3:.1f} ms")
 
     def has_ended(self, vm: RestoredVm) -> bool:
         """Tells of a VM that has ended; whether it failed."""
@@ -268,12 +280,13 @@ class _Report:
             return False
         status = vm.process.status
         stderr, console = vm.process.last_words()
-        failed = status not in (0, None)
+        # Where its exit status cannot be had, what the pager did to it is all that is known.
+        failed = status != 0 if status is not None else f"vm-{vm.pid}" in self._failed
         if not self.terminal:
             self._line({"event": "vmm-ended", "at": time.time(), "pid": vm.pid, "status": status, "stderr": stderr})
-        if failed:
+        if failed or status is None:
             words = "".join(f"\n    {line}" for line in (stderr or console).splitlines())
-            print(f"latepage: vm-{vm.pid}: Firecracker {vm.process.how_it_ended()}{words}", file=sys.stderr)
+            say(f"latepage: vm-{vm.pid}: Firecracker {vm.process.how_it_ended()}{words}")
         return failed
 
     def lives_on(self, vm: RestoredVm, lacking: list[str] | tuple[str, ...]) -> None:
@@ -282,12 +295,16 @@ class _Report:
             self._line({"event": "vmm-left", "at": time.time(), "pid": vm.pid, "api_sock": str(vm.api_sock)})
         name = f"vm-{vm.pid}"
         how = "still lacks memory, and stands still where it touches it; end it" if name in lacking else "goes on without a pager"
-        print(f"latepage: {name} {how}; its API socket is {vm.api_sock}", file=sys.stderr)
+        say(f"latepage: {name} {how}; its API socket is {vm.api_sock}")
 
     def _line(self, said: dict[str, Any]) -> None:
         # One write each, past Python's buffers: the engine writes its lines to the same descriptor.
         if self.log is not None:
-            os.write(self.log, jsonlib.dumps(said, separators=(",", ":")).encode() + b"\n")
+            try:
+                os.write(self.log, jsonlib.dumps(said, separators=(",", ":")).encode() + b"\n")
+            except OSError:
+                # Nobody reads it any more; the engine has given up too.
+                self.log = None
 
 
 def _devices(pairs: tuple[str, ...]) -> dict[str, str] | None:

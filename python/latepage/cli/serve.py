@@ -1,6 +1,7 @@
 """`latepage serve`: a pager process that supplies the memory of the VMs that connect to a socket."""
 
 import select
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -9,6 +10,7 @@ from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 
+from latepage.cli.output import say
 from latepage.cli.rights import lacking
 from latepage.cli.signals import Signals
 from latepage.cli.sizes import Mode, Owner, Size
@@ -28,9 +30,9 @@ Flag = Annotated[bool, Parameter(negative=(), show_default=False)]
 
 app = App(
     name="serve",
-    help_epilogue="Any number of VMs may connect, by Firecracker's page-fault handshake or by latepage's own. SIGTERM or Ctrl-C "
-    "drains: no new VM is taken, those that live get all that they lack, and the command ends with 0 when none needs it any "
-    "more. A second one treats the VMs that still lack memory as --on-missing says, names all that are "
+    help_epilogue="Any number of VMs may connect, by Firecracker's page-fault handshake or by latepage's own. SIGTERM, SIGHUP or "
+    "Ctrl-C drains: no new VM is taken, those that live get all that they lack, and the command ends with 0 when none needs it "
+    "any more. A second SIGTERM or Ctrl-C treats the VMs that still lack memory as --on-missing says, names all that are "
     "left without a pager, and ends with 1.",
 )
 
@@ -115,10 +117,9 @@ def serve(
                 watchers.append(shown.watch)
             left = run(pager, signals, watchers, None if shown is None else shown.refresh)
     for name in left or ():
-        print(
+        say(
             f"latepage: {name}: left without a pager: it was treated as --on-missing says, or its memory must stay registered "
-            "and its next discard would wait for ever; end it",
-            file=sys.stderr,
+            "and its next discard would wait for ever; end it"
         )
     return 0 if left is None else 1
 
@@ -148,13 +149,15 @@ def run(
 ) -> list[str] | None:
     """Serves until the pager is drained or a second signal arrives.
 
+    SIGHUP only asks to finish, however often: where a terminal is closed, its shell and the kernel may both send it.
+
     Returns:
         None when drained; else the VMs that are left without a pager: they lacked memory, or theirs must stay registered.
     """
     poll = select.poll()
     poll.register(pager, select.POLLIN)
     poll.register(signals, select.POLLIN)
-    draining = False
+    asked = False
     while True:
         poll.poll(None if refresh is None else 250)
         for event in pager.events(timeout=0):
@@ -162,10 +165,10 @@ def run(
                 watch(event)
             if isinstance(event, Drained):
                 return None
-        for _ in signals.take():
-            if draining:
+        for number in signals.take():
+            if asked and number != signal.SIGHUP:
                 return pager.close()
-            draining = True
+            asked = asked or number != signal.SIGHUP
             pager.drain()
         if refresh is not None:
             refresh()

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as something to poll, so that a loop that waits for events hears them at once."""
+"""SIGTERM, SIGINT and SIGHUP as something to poll, so that a loop that waits for events hears them at once."""
 
 import os
 import signal
@@ -7,16 +7,20 @@ from typing import Self
 
 __all__ = ["Signals"]
 
-HEARD = (signal.SIGTERM, signal.SIGINT)
+HEARD = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Signals:
-    """While it is entered, SIGTERM and SIGINT do not end the process: `take` gives those that have arrived."""
+    """While it is entered, these signals do not end the process: `take` gives those that have arrived.
+
+    A SIGHUP that was ignored before, as nohup(1) has it, is ignored still.
+    """
 
     def __enter__(self) -> Self:
         self._read, self._write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         # A handler in Python must be there for the interpreter to write to the descriptor.
-        self._before = {number: signal.signal(number, _ignore) for number in HEARD}
+        heard = [number for number in HEARD if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, _ignore) for number in heard}
         self._wakeup_before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         return self
 
@@ -42,7 +46,7 @@ class Signals:
             arrived = os.read(self._read, 64)
         except BlockingIOError:
             return []
-        return [signal.Signals(number) for number in arrived if number in HEARD]
+        return [signal.Signals(number) for number in arrived if number in self._before]
 
 
 def _ignore(_number: int, _frame: FrameType | None) -> None:

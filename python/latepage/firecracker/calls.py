@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from latepage.errors import PolicyError
 from latepage.firecracker.version import Version
 
 __all__ = ["Call", "HugePages", "InstanceInfo", "MemoryBackend"]
@@ -113,10 +114,16 @@ def vm_state(state: Literal["Paused", "Resumed"]) -> Call:
     return Call("PATCH", "/vm", {"state": state})
 
 
+def _mib(size: int, what: str) -> int:
+    if size % (1 << 20):
+        raise PolicyError(f"{what} is {size}: give bytes, in whole MiB")
+    return size >> 20
+
+
 def machine(
     *, vcpus: int, memory: int, huge_pages: HugePages | None = None, track_dirty_pages: bool = False, smt: bool = False
 ) -> Call:
-    body: dict[str, Any] = {"vcpu_count": vcpus, "mem_size_mib": memory >> 20}
+    body: dict[str, Any] = {"vcpu_count": vcpus, "mem_size_mib": _mib(memory, "memory")}
     if huge_pages is not None:
         body["huge_pages"] = huge_pages
     if track_dirty_pages:
@@ -142,7 +149,7 @@ def action(kind: Literal["InstanceStart", "SendCtrlAltDel", "FlushMetrics"]) -> 
 def balloon(
     amount: int, *, deflate_on_oom: bool = True, free_page_reporting: bool = False, free_page_hinting: bool = False
 ) -> Call:
-    body: dict[str, Any] = {"amount_mib": amount >> 20, "deflate_on_oom": deflate_on_oom}
+    body: dict[str, Any] = {"amount_mib": _mib(amount, "amount"), "deflate_on_oom": deflate_on_oom}
     if free_page_reporting:
         body["free_page_reporting"] = True
     if free_page_hinting:
@@ -151,4 +158,4 @@ def balloon(
 
 
 def set_balloon(amount: int) -> Call:
-    return Call("PATCH", "/balloon", {"amount_mib": amount >> 20})
+    return Call("PATCH", "/balloon", {"amount_mib": _mib(amount, "amount")})

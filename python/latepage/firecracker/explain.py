@@ -13,22 +13,31 @@ __all__ = ["explanation"]
 
 _DEVICES = (("/dev/kvm", ("kvm",)), ("/dev/userfaultfd", ("userfault", "uffd")))
 
+_NO_SUCH_DEVICE = {
+    "unknown network device": "the VM of this snapshot has no network interface of that name (--network NAME=DEVICE)",
+    "unknown vsock device": "the VM of this snapshot has no vsock device: leave --vsock out",
+}
+# SnapshotStateFromFileError::Load since 1.5, and snapshot::Error before.
+_NOT_READ = ("failed to load snapshot state from file", "data version", "serializ", "magic", "crc")
+
 
 def explanation(error: FirecrackerError, state: StateFile, version: Version, owner: Owner | None) -> str | None:
     """Our words above Firecracker's, if there is something to add."""
     said = (error.fault_message or "").lower()
     if not said:
         return None
-    if any(word in said for word in ("snapshot state from file", "snapshot file", "data version", "deserializ")) or (
-        "magic" in said or "crc" in said
-    ):
+    for phrase, ours in _NO_SUCH_DEVICE.items():
+        if phrase in said:
+            return ours
+    if any(phrase in said for phrase in _NOT_READ):
         return _format_of(state, version)
-    user = owner or Owner(os.geteuid(), os.getegid())
+    # Of another user's groups it has none but the one that was named.
+    user, groups = (owner, []) if owner is not None else (Owner(os.geteuid(), os.getegid()), os.getgroups())
     for device, words in _DEVICES:
         if any(word in said for word in words) and "os error 2" not in said:
             if not Path(device).exists():
                 return f"{device} is not there: `latepage check` says what to do"
-            blocked = obstacle(device, user, READ | WRITE)
+            blocked = obstacle(device, user, READ | WRITE, more_groups=groups)
             if blocked is not None:
                 return f"Firecracker runs as user {user.uid}, which {blocked}"
     return None

@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -91,7 +92,9 @@ class Jail:
         self._whole = base.resolve() / program.name / self.id
         self.root = self._whole / "root"
         self._made_whole = not self._whole.exists()
-        if (self.root / f"{program.name}.pid").exists() or (self.root / program.name).exists():
+        for link in (self.root / name for name in _FOLDERS_BY_JAILER if (self.root / name).is_symlink()):
+            raise FirecrackerError(f"jail {self._whole}: {link} is a link, no folder; remove it, or choose another --jail-id")
+        if any(os.path.lexists(self.root / name) for name in (program.name, f"{program.name}.pid", _API_SOCK[1:])):
             raise FirecrackerError(
                 f"jail {self._whole}: a VM has been in it, and may still be; "
                 "end it and remove the jail, or choose another --jail-id"
@@ -161,7 +164,20 @@ class Jail:
                 self._whole.parent.rmdir()
             return
         for name in (self._program.name, f"{self._program.name}.pid", _STATE[1:], _PAGER_SOCK[1:], *_BY_JAILER):
-            (self.root / name).unlink(missing_ok=True)
+            _remove_inside(self.root, name, os.unlink)
         for name in _FOLDERS_BY_JAILER:
-            with contextlib.suppress(OSError):
-                (self.root / name).rmdir()
+            _remove_inside(self.root, name, os.rmdir)
+
+
+def _remove_inside(root: Path, name: str, remove: Callable[..., None]) -> None:
+    """Removes a file or an empty folder of a jail, if it is there.
+
+    No link is followed: the jail is its owner's, who may have put one there that leads to a folder of the host.
+    """
+    *folders, last = name.split("/")
+    with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+        inside: int | None = None
+        for folder in (str(root), *folders):
+            inside = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=inside)
+            stack.callback(os.close, inside)
+        remove(last, dir_fd=inside)

@@ -82,4 +82,8 @@ class Options:
     @property
     def runs_as(self) -> Owner | None:
         """As whom Firecracker runs, if not as ourselves."""
-        return self.jailer.owner if self.jailer is not None else self.owner
+        if self.jailer is not None:
+            return self.jailer.owner
+        ours = Owner(os.geteuid(), os.getegid())
+        # Only root can take its groups from somebody, itself among them.
+        return None if self.owner == ours and ours.uid != 0 else self.owner

@@ -51,7 +51,7 @@ class Folder:
         told: list[str] = []
         for base in _bases(owner):
             if owner is not None:
-                blocked = obstacle(base, owner, SEARCH)
+                blocked = obstacle(base, owner, SEARCH, more_groups=())
                 if blocked is not None:
                     told.append(f"user {owner.uid} {blocked}")
                     continue
@@ -106,18 +106,29 @@ def check_socket_path(path: Path, what: str, owner: Owner | None = None, wanted:
     Raises:
         FirecrackerError: it says which folder is missing, which right, or what is in the way.
     """
+    check_text(path, what)
     length = len(os.fsencode(path))
     if length > LONGEST:
         raise FirecrackerError(
             f"{what} {path}: the path has {length} bytes and a socket's can have {LONGEST}; "
             "choose a shorter one, or a relative one"
         )
-    if not path.parent.is_dir():
-        raise FirecrackerError(f"{what} {path}: there is no folder {path.parent}; make it first")
-    if owner is not None:
-        blocked = obstacle(path.parent, owner, wanted)
-        if blocked is not None:
-            raise FirecrackerError(f"{what} {path}: Firecracker runs as user {owner.uid}, which {blocked}")
+    try:
+        if not path.parent.is_dir():
+            raise FirecrackerError(f"{what} {path}: there is no folder {path.parent}; make it first")
+        if owner is not None:
+            blocked = obstacle(path.parent, owner, wanted, more_groups=())
+            if blocked is not None:
+                raise FirecrackerError(f"{what} {path}: Firecracker runs as user {owner.uid}, which {blocked}")
+        elif not os.access(path.parent, os.W_OK | os.X_OK, effective_ids=True):
+            raise FirecrackerError(f"{what} {path}: no right to make a file in {path.parent}; choose another folder")
+        _clear(path, what)
+    except OSError as error:
+        raise FirecrackerError(f"{what} {path}: {error.strerror}; choose another path", errno=error.errno) from None
+
+
+def _clear(path: Path, what: str) -> None:
+    """Removes a socket at which nobody listens."""
     try:
         there = path.lstat()
     except FileNotFoundError:
@@ -130,9 +141,32 @@ def check_socket_path(path: Path, what: str, owner: Owner | None = None, wanted:
         except ConnectionRefusedError:
             path.unlink()
             return
+        except PermissionError:
+            raise FirecrackerError(
+                f"{what} {path}: there is a socket of another user, who may listen there; choose another path"
+            ) from None
         except OSError:
+            # One of another kind, or one whose queue is full.
             pass
     raise FirecrackerError(f"{what} {path}: another process listens there; stop it, or choose another path")
+
+
+def check_text(path: Path, what: str) -> None:
+    """Refuses a path that JSON cannot have.
+
+    Raises:
+        FirecrackerError: its bytes are no UTF-8.
+    """
+    if not _is_text(path):
+        raise FirecrackerError(f"{what} {os.fsencode(path)!r}: its bytes are no UTF-8, and Firecracker takes no other paths")
+
+
+def _is_text(path: Path) -> bool:
+    try:
+        os.fsencode(path).decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def check_readable(path: Path, what: str, owner: Owner | None) -> None:
@@ -143,14 +177,15 @@ def check_readable(path: Path, what: str, owner: Owner | None) -> None:
     """
     if owner is None:
         return
-    blocked = obstacle(path, owner, READ)
+    blocked = obstacle(path, owner, READ, more_groups=())
     if blocked is not None:
         raise FirecrackerError(f"{what} {path}: Firecracker runs as user {owner.uid}, which {blocked}")
 
 
 def _bases(owner: Owner | None) -> list[str]:
     """Folders to try. That of the login session is shortest and private, but nobody else's."""
-    own = [os.environ["XDG_RUNTIME_DIR"]] if os.environ.get("XDG_RUNTIME_DIR") and owner is None else []
+    named = ("XDG_RUNTIME_DIR", "TMPDIR") if owner is None else ("TMPDIR",)
+    told = filter(_is_text, (Path(os.environ.get(name, "")) for name in named))
     # A folder's name adds 18 bytes, and a socket's in it 16 at most.
-    short = [base for base in [*own, tempfile.gettempdir()] if len(os.fsencode(base)) <= LONGEST - 40]
-    return list(dict.fromkeys([*short, "/tmp"]))  # noqa: S108 (mkdtemp makes a private folder in it)
+    fit = [str(base) for base in told if base.is_absolute() and len(os.fsencode(base)) <= LONGEST - 40]
+    return list(dict.fromkeys([*fit, "/tmp"]))  # noqa: S108 (mkdtemp makes a private folder in it)

@@ -112,7 +112,7 @@ class VmmProcess:
                 **as_user,
             )
         except PermissionError as error:
-            if user is not None and user.uid != os.geteuid():
+            if user is not None and os.geteuid() != 0:
                 raise FirecrackerError(
                     f"{command[0]} cannot run as {user}: that takes root, or leave --owner out", call="setuid", errno=error.errno
                 ) from None
@@ -135,6 +135,8 @@ class VmmProcess:
         os.close(self.pidfd)
         self.pid, self.pidfd, self.is_child = pid, pidfd, False
         self._child.wait()
+        # That of the one before is not its own.
+        self._status = None
 
     @property
     def alive(self) -> bool:
@@ -217,7 +219,7 @@ class VmmProcess:
     def how_it_ended(self) -> str:
         """Its exit status, in words."""
         if self._status is None:
-            return "ended"
+            return "ended; how, cannot be told, since it was no child of ours"
         if self._status < 0:
             return f"was killed by {signal.Signals(-self._status).name}"
         return f"ended with status {self._status}"

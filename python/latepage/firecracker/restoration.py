@@ -17,6 +17,7 @@ from latepage.firecracker.place import Folder, Place
 from latepage.firecracker.process import VmmProcess
 from latepage.firecracker.version import Version
 from latepage.pager import Pager
+from latepage.policy import OnMissing
 from latepage.session import Session
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ __all__ = ["Restoration", "RestoredVm", "Step"]
 
 _JAILER_TAKES = 5.0
 """Seconds within which a jailer has ended, once it has started Firecracker in a new pid namespace."""
+_DEATH_TAKES = 5.0
+"""Seconds within which a VM that was killed has ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,11 +136,12 @@ class RestoredVm:
             self._forget()
 
     def _forget(self) -> None:
-        self.place.api_sock.unlink(missing_ok=True)
-        for path in self.place.made:
-            path.unlink(missing_ok=True)
         if self._jail is not None:
+            # Its owner may have put a link in the way to any file in it: the jail knows how to remove them.
             self._jail.remove()
+            return
+        for path in (self.place.api_sock, *self.place.made):
+            path.unlink(missing_ok=True)
 
 
 class Restoration:
@@ -160,6 +164,7 @@ class Restoration:
         *,
         console: int | None = None,
         jails: Sequence[Jail] = (),
+        on_missing: OnMissing = "kill",
     ) -> None:
         self.vms: tuple[RestoredVm, ...] = ()
         self.pager = pager
@@ -169,6 +174,7 @@ class Restoration:
         self._reader = reader
         self._console = console
         self._jails = jails
+        self._on_missing = on_missing
         self._closed = False
 
     @property
@@ -221,8 +227,20 @@ class Restoration:
             Names of VMs that lacked memory: they were treated as the policy's `on_missing` says.
         """
         left = [] if self.pager is None or self._closed else self.pager.close()
+        self.wait_for_killed(left)
         self._finish(RestoredVm.leave)
         return left
+
+    def wait_for_killed(self, left: Sequence[str]) -> None:
+        """Waits until those have ended that a pager which was closed has killed: so much memory takes a moment to go.
+
+        Args:
+            left: what `Pager.close` returned.
+        """
+        if self._on_missing == "kill":
+            for vm in self.vms:
+                if f"vm-{vm.pid}" in left:
+                    vm.process.wait(_DEATH_TAKES)
 
     def close(self) -> None:
         """Ends the VMs and the pager, and removes their sockets and jails."""

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from latepage.errors import FirecrackerError, PolicyError
-from latepage.events import Event, Failed, Refused
+from latepage.events import Event, Failed, NoMemory, Refused, Stall
 from latepage.firecracker.calls import MemoryBackend
 from latepage.firecracker.explain import explanation
 from latepage.firecracker.jailer import Jail
 from latepage.firecracker.options import Options
 from latepage.firecracker.output import OutputReader
-from latepage.firecracker.place import Folder, Place, check_readable, check_socket_path, numbered
+from latepage.firecracker.place import Folder, Place, check_readable, check_socket_path, check_text, numbered
 from latepage.firecracker.process import VmmProcess, find_program
 from latepage.firecracker.restoration import Restoration, RestoredVm, Step
 from latepage.firecracker.state_file import StateFile
@@ -130,6 +130,7 @@ class _Work:
         options, owner = self.options, self.options.runs_as
         source = memory if isinstance(memory, Source) or memory is None else open_source(memory)
         if options.jailer is None:
+            check_text(self.state.path, "state file")
             check_readable(self.state.path, "state file", owner)
         with contextlib.ExitStack() as undo:
             folder = Folder(None if options.jailer is not None else owner)
@@ -151,7 +152,9 @@ class _Work:
             if pager is not None and source is not None:
                 for path in dict.fromkeys(place.pager_sock for place in self.places):
                     pager.listen(path, source, policy)
-            self.restoration = Restoration(pager, folder, reader, console=self.console, jails=self.jails)
+            self.restoration = Restoration(
+                pager, folder, reader, console=self.console, jails=self.jails, on_missing=policy.on_missing
+            )
             self.reader = reader
             undo.pop_all()
         return self.restoration
@@ -165,12 +168,14 @@ class _Work:
             return jail.place
         api_sock = folder.path / "api.sock" if options.api_sock is None else Path(options.api_sock)
         api_sock = numbered(api_sock, clone, options.clones)
-        check_socket_path(api_sock, "API socket", options.owner)
+        check_socket_path(api_sock, "API socket", options.runs_as)
         if options.pager_sock is not None:
             pager_sock = Path(options.pager_sock)
         else:
             pager_sock = folder.path / "pager.sock" if options.socket is None else Path(options.socket)
-            check_socket_path(pager_sock, "the pager's socket", options.owner, SEARCH)
+            check_socket_path(pager_sock, "the pager's socket", options.runs_as, SEARCH)
+        if api_sock.absolute() == pager_sock.absolute():
+            raise FirecrackerError(f"{api_sock}: it is named for the API socket and for the pager's; choose two paths")
         return Place(
             api_sock=api_sock,
             pager_sock=pager_sock,
@@ -187,7 +192,7 @@ class _Work:
         if jail is not None and self.jailer is not None:
             command, user = [*jail.command(self.jailer), *arguments], None
         else:
-            command, user = [str(self.program), "--api-sock", place.api_sock_inside, *arguments], self.options.owner
+            command, user = [str(self.program), "--api-sock", place.api_sock_inside, *arguments], self.options.runs_as
         begun = time.monotonic()
         process = VmmProcess.start(command, self.reader, user=user, console=self.console)
         vm = RestoredVm(clone, process, Version(0, 0), place, begun, _jail=jail)
@@ -324,15 +329,22 @@ class _Work:
 
 def _with_words_of_the_pager(error: FirecrackerError, told: list[Event]) -> FirecrackerError:
     """Adds why the pager refused or failed a VM, which Firecracker cannot know."""
-    lines = [
-        f"  the pager refused it: {event.reason}"
-        if isinstance(event, Refused)
-        else f"  the pager: {event.reason} ({event.action})"
-        for event in told
-        if isinstance(event, Refused | Failed)
-    ]
+    lines = filter(None, map(_why, told))
     error.args = ("\n".join([str(error), *dict.fromkeys(lines)]),)
     return error
+
+
+def _why(event: Event) -> str | None:
+    match event:
+        case Refused():
+            return f"  the pager refused it: {event.reason}"
+        case Failed():
+            return f"  the pager: {event.reason} ({event.action})"
+        case NoMemory():
+            return "  the pager: the machine has no memory for a page of it; are huge pages free (/proc/sys/vm/nr_hugepages)?"
+        case Stall():
+            return "  the pager: a fault waited for its page; is its source slow?"
+    return None
 
 
 def _append_to(path: Name) -> int:

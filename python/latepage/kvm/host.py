@@ -205,11 +205,14 @@ def _pass_on(vm: Vm, outcome: _Outcome, say: Callable[..., None]) -> bool:
 
 
 class _Signals:
-    """While it is entered, SIGTERM and SIGINT are something to poll."""
+    """While it is entered, SIGTERM, SIGINT and SIGHUP are something to poll."""
 
     def __enter__(self) -> "_Signals":
         self._read, self._write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        self._before = {number: signal.signal(number, _ignore) for number in (signal.SIGTERM, signal.SIGINT)}
+        heard = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup(1) has it
+            heard.append(signal.SIGHUP)
+        self._before = {number: signal.signal(number, _ignore) for number in heard}
         self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         return self
 

@@ -1,9 +1,10 @@
 //! A listening socket at a path: taken only if nobody else has it, and given back.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Uid};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
@@ -116,16 +117,7 @@ impl ListeningSocket {
         let identity = std::fs::symlink_metadata(path).ok().map(|there| (there.dev(), there.ino()));
         let made = Self { fd, path: owned(), identity };
         // Nobody can connect before listen(2), so nobody does with other rights than these.
-        if let Some((uid, gid)) = owner {
-            std::os::unix::fs::lchown(path, Some(uid), Some(gid)).map_err(|error| ListenError::Owner {
-                path: owned(),
-                uid,
-                gid,
-                errno: Errno::from_io_error(&error).unwrap_or(Errno::IO),
-            })?;
-        }
-        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))
-            .map_err(|error| call("chmod")(Errno::from_io_error(&error).unwrap_or(Errno::IO)))?;
+        set_rights(path, mode, owner)?;
         rustix::net::listen(&made.fd, 1024).map_err(call("listen"))?;
         Ok(made)
     }
@@ -133,6 +125,28 @@ impl ListeningSocket {
     pub(super) fn path(&self) -> &Path {
         &self.path
     }
+}
+
+/// Gives the socket that was just bound to its owner, with its mode.
+///
+/// The folder may be another user's, who can put a link or another file in the socket's place: so it is held by a descriptor,
+/// and must be a socket that has no other name.
+fn set_rights(path: &Path, mode: u32, owner: Option<(u32, u32)>) -> Result<(), ListenError> {
+    let call = |call| move |errno| ListenError::Call { path: path.to_owned(), call, errno };
+    let held = rustix::fs::open(path, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())
+        .map_err(call("open"))?;
+    let there = rustix::fs::fstat(&held).map_err(call("fstat"))?;
+    if FileType::from_raw_mode(there.st_mode) != FileType::Socket || there.st_nlink != 1 {
+        return Err(ListenError::NotSocket { path: path.to_owned(), what: "something else by now" });
+    }
+    if let Some((uid, gid)) = owner {
+        let (user, group) = (Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)));
+        rustix::fs::chownat(&held, "", user, group, AtFlags::EMPTY_PATH)
+            .map_err(|errno| ListenError::Owner { path: path.to_owned(), uid, gid, errno })?;
+    }
+    // Of what is open as a path only, the kernel changes the mode by this name.
+    rustix::fs::chmod(format!("/proc/self/fd/{}", held.as_raw_fd()), Mode::from_raw_mode(mode))
+        .map_err(call("chmod"))
 }
 
 impl AsFd for ListeningSocket {
@@ -148,5 +162,43 @@ impl Drop for ListeningSocket {
             // It may have been removed by someone else just now; then nothing is left to do.
             let _ = std::fs::remove_file(&self.path);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::{PermissionsExt, symlink};
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    #[test]
+    fn rights_are_given_to_a_socket_and_never_to_what_took_its_place() {
+        let folder = std::env::temp_dir().join(format!("latepage-rights-{}", std::process::id()));
+        std::fs::create_dir(&folder).unwrap();
+        let path = folder.join("socket");
+        let (victim, other) = (folder.join("victim"), folder.join("other"));
+        std::fs::write(&victim, "precious").unwrap();
+        std::fs::set_permissions(&victim, std::fs::Permissions::from_mode(0o600)).unwrap();
+        let _other = UnixListener::bind(&other).unwrap();
+        let mode = |path: &Path| std::fs::metadata(path).unwrap().mode() & 0o777;
+        let before = mode(&other);
+        let places: [&dyn Fn(); 4] = [
+            &|| symlink(&victim, &path).unwrap(),
+            &|| symlink(&other, &path).unwrap(),
+            &|| std::fs::hard_link(&victim, &path).unwrap(),
+            &|| std::fs::hard_link(&other, &path).unwrap(),
+        ];
+        for takes_its_place in places {
+            takes_its_place();
+            assert!(matches!(set_rights(&path, 0o666, None), Err(ListenError::NotSocket { .. })));
+            std::fs::remove_file(&path).unwrap();
+        }
+        assert_eq!((mode(&victim), mode(&other)), (0o600, before));
+
+        let _socket = UnixListener::bind(&path).unwrap();
+        set_rights(&path, 0o604, None).unwrap();
+        assert_eq!(mode(&path), 0o604);
+        std::fs::remove_dir_all(&folder).unwrap();
     }
 }
