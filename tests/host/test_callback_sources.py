@@ -240,10 +240,20 @@ def test_an_answer_that_is_none_fails_closed_and_says_what_came(
     assert vm.finish() == -9
 
 
-def test_a_callback_that_ends_its_thread_ends_nothing(pager: Pager, folder: Path, peer: Callable[[], Peer]) -> None:
+class UnspeakableError(Exception):
+    """An error that nobody can print."""
+
+    def __str__(self) -> str:
+        raise SystemExit(3)
+
+
+@pytest.mark.parametrize(("error", "says"), [(SystemExit(3), "SystemExit: 3"), (UnspeakableError(), "its text cannot be had")])
+def test_a_callback_that_ends_its_thread_ends_nothing(
+    pager: Pager, folder: Path, peer: Callable[[], Peer], error: BaseException, says: str
+) -> None:
     def leaves(offset: int, length: int) -> bytes | None:
         if offset == 0:
-            raise SystemExit(3)
+            raise error
         return supply(offset, length)
 
     pager.listen(folder / "s", CallbackSource(leaves, size=SIZE, threads=1), ONE)
@@ -252,7 +262,7 @@ def test_a_callback_that_ends_its_thread_ends_nothing(pager: Pager, folder: Path
         name = started(pager, vm, folder / "s")
         assert vm.read(9) == first_byte(9)
         vm.touch(0)
-        assert "SystemExit: 3" in wait_for(pager, Failed, vm=name).reason
+        assert says in wait_for(pager, Failed, vm=name).reason
 
 
 def test_a_callback_past_its_time_limit_fails_its_page_and_is_stood_in_for(

@@ -26,6 +26,7 @@ from actors.serve import Serve
 from latepage import LatepageError, Pager, Policy, open_source
 from latepage.observe.address import parse_address
 from latepage.observe.status_server import StatusServer
+from latepage.observe.top import reader as reader_module
 from latepage.observe.top.app import TopApp, VmTable
 from latepage.observe.top.detail import VmScreen
 from latepage.observe.top.figures import Look, VmLook, rates, total_rates
@@ -496,6 +497,33 @@ def test_what_is_no_pager_is_named(folder: Path, answer: bytes, says: str) -> No
         assert says in str(error.value)
 
     asyncio.run(body())
+
+
+@pytest.mark.parametrize(("bound", "value"), [("PATIENCE", 0.2), ("MOST_BYTES", 1 << 16)])
+def test_an_answer_without_end_is_not_waited_for(folder: Path, monkeypatch: pytest.MonkeyPatch, bound: str, value: float) -> None:
+    """Neither for ever, though each read of it is quick, nor until it fills memory."""
+    monkeypatch.setattr(reader_module, bound, value)
+    hung_up = asyncio.Event()
+
+    async def respond(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.0 200 OK\r\n\r\n")
+        while not writer.is_closing():
+            writer.write(b" " if bound == "PATIENCE" else bytes(4096))
+            await asyncio.sleep(0)
+        hung_up.set()
+
+    async def body() -> str:
+        path = str(folder / "other.sock")
+        async with asyncio.timeout(20), await asyncio.start_unix_server(respond, path):
+            async with HttpReader(parse_address(path)) as reader:
+                with pytest.raises(LatepageError) as error:
+                    await reader.all_vms()
+            await hung_up.wait()
+        return str(error.value)
+
+    said = asyncio.run(body())
+    assert ("no answer within 0.2 s" if bound == "PATIENCE" else "goes on after") in said
 
 
 @pytest.mark.needs("/dev/userfaultfd")

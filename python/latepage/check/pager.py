@@ -28,15 +28,18 @@ DESCRIPTORS_FOR_ITSELF = 32
 """What a pager with one socket and four workers holds before any VM comes, and some room."""
 DESCRIPTORS_FOR_A_VM = 3
 """Its connection, its userfaultfd and its pidfd."""
+DESCRIPTORS_FOR_A_RECORDED_VM = DESCRIPTORS_FOR_A_VM + 1
+"""With `--record`: its trace file too."""
 
 
-def room_for(descriptors: int) -> int:
-    """How many VMs a pager can hold with so many descriptors.
+def room_for(descriptors: int, *, recorded: bool = False) -> int:
+    """How many VMs a pager can hold with so many descriptors, whether or not it records them.
 
-    >>> room_for(1024), room_for(16)
-    (330, 0)
+    >>> room_for(1024), room_for(1024, recorded=True), room_for(16)
+    (330, 248, 0)
     """
-    return max(0, descriptors - DESCRIPTORS_FOR_ITSELF) // DESCRIPTORS_FOR_A_VM
+    each = DESCRIPTORS_FOR_A_RECORDED_VM if recorded else DESCRIPTORS_FOR_A_VM
+    return max(0, descriptors - DESCRIPTORS_FOR_ITSELF) // each
 
 
 def pager_items() -> Iterator[Item]:
@@ -161,15 +164,16 @@ def _look_into() -> Item:
 
 def _descriptors() -> Item:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    vms = room_for(soft if soft != resource.RLIM_INFINITY else 1 << 30)
+    most = soft if soft != resource.RLIM_INFINITY else 1 << 30
+    vms, recorded = room_for(most), room_for(most, recorded=True)
     enough = soft == hard or vms >= 1000
     shown = "no limit" if hard == resource.RLIM_INFINITY else f"{hard:,}"
     return Item(
         key="pager.descriptors",
         name="descriptors",
         state=known(enough),
-        found=f"{soft:,} of {shown} allowed: room for about {vms:,} VMs",
-        value={"soft": _limit(soft), "hard": _limit(hard), "vms": vms},
+        found=f"{soft:,} of {shown} allowed: room for about {vms:,} VMs ({recorded:,} with --record)",
+        value={"soft": _limit(soft), "hard": _limit(hard), "vms": vms, "vms_recorded": recorded},
         todo=None if enough else f"for more VMs: ulimit -n {min(hard, 65536) if hard > 0 else 65536} (systemd: LimitNOFILE=)",
     )
 

@@ -11,12 +11,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-__all__ = ["Descriptor", "Mode", "Region", "Status", "Thread", "descriptors", "processes", "regions", "status", "threads"]
+__all__ = [
+    "Descriptor",
+    "Mode",
+    "Region",
+    "Status",
+    "Thread",
+    "descriptors",
+    "is_enclosed",
+    "processes",
+    "regions",
+    "status",
+    "threads",
+]
 
 USERFAULTFD = "anon_inode:[userfaultfd]"
 EVENTPOLL = "anon_inode:[eventpoll]"
 KERNEL_THREAD = 0x0020_0000
 """PF_KTHREAD of `linux/sched.h`, in the flags of /proc/PID/stat."""
+
+FIRST_NAMESPACES = {"pid": 0xEFFF_FFFC, "user": 0xEFFF_FFFD}
+"""PROC_PID_INIT_INO and PROC_USER_INIT_INO of `linux/proc_ns.h`: the inodes of the namespaces that the machine starts with."""
 
 Mode = Literal["missing", "write_protect", "minor"]
 MODES: dict[str, Mode] = {"um": "missing", "uw": "write_protect", "ui": "minor"}
@@ -125,6 +140,17 @@ class Thread:
     name: str
     waits_for: Waits
     turns: int
+
+
+def is_enclosed() -> bool:
+    """Whether this process is in a container: there may be processes outside that do not show, or may not be looked into."""
+    for name, first in FIRST_NAMESPACES.items():
+        try:
+            if os.stat(f"/proc/self/ns/{name}").st_ino != first:  # noqa: PTH116 (as the other looks into /proc)
+                return True
+        except FileNotFoundError:  # a kernel without such namespaces
+            continue
+    return False
 
 
 def processes() -> list[int]:

@@ -18,6 +18,7 @@ Judged = tuple[Verdict, str, str | None]
 """The verdict, the same in words, and what to do."""
 
 END_IT = "end it and restore it anew: latepage cannot take a running VM over yet"
+LOOK_FROM_OUTSIDE = "look from the host, with the number that the VMM has there"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,7 @@ class Facts:
         stuck: threads that waited during the whole look.
         lasting: faults that waited at every look, where no thread shows.
         looked: seconds.
+        enclosed: whether the look was taken in a container, so that its pager may be where it does not show.
     """
 
     process: proc.Status
@@ -43,6 +45,7 @@ class Facts:
     stuck: tuple[proc.Thread, ...]
     lasting: int
     looked: float
+    enclosed: bool
 
     @property
     def hanging(self) -> str:
@@ -99,14 +102,21 @@ def _alone(facts: Facts) -> Judged:
     """Nobody else was seen to hold its userfaultfd."""
     if not facts.descriptors:
         if facts.hanging:
-            return "hangs", f"It hangs: {facts.hanging}, and it keeps no userfaultfd by which its pager could be found.", END_IT
+            todo = "look for its pager by name; if it has none, end it and restore it anew"
+            return "hangs", f"It hangs: {facts.hanging}, and it keeps no userfaultfd by which its pager could be found.", todo
         return (
             "unseen",
             "It keeps no userfaultfd, so that its pager cannot be found. Should that end, absent pages would read as zero.",
             "look for its pager by name; a VMM should keep its userfaultfd open",
         )
+    if facts.enclosed:
+        nobody = "nobody inside this container serves it. A pager outside of it does not show"
+        if facts.hanging:
+            return "hangs", f"It hangs: {facts.hanging}, and {nobody}.", f"before anything else, {LOOK_FROM_OUTSIDE}"
+        return "unseen", f"Nothing waits at the moment, but {nobody}.", LOOK_FROM_OUTSIDE
     unseen = facts.search.unseen
-    if unseen and not has_capability(CAP_SYS_PTRACE):
+    # A /proc that hides processes leaves nobody to be counted as unseen.
+    if not has_capability(CAP_SYS_PTRACE):
         todo = "run this as root, to see who serves it"
         if facts.hanging:
             return "hangs", f"It hangs: {facts.hanging}, and nobody that can be seen from here serves it.", todo
@@ -114,13 +124,14 @@ def _alone(facts: Facts) -> Judged:
     # With every right, what stays unseen is rare (a process with yet more rights), and said.
     nobody = "no other process holds its userfaultfd"
     nobody += f" ({unseen_processes(unseen)} could not be looked into)" if unseen else ""
+    todo = f"if {unseen_processes(unseen)} is no pager, {END_IT}" if unseen else END_IT
     if facts.hanging:
-        return "hangs", f"It hangs: {facts.hanging}, and nobody serves it: {nobody}.", END_IT
+        return "hangs", f"It hangs: {facts.hanging}, and nobody serves it: {nobody}.", todo
     if facts.absent:
         said = f"{format_size(facts.absent)} of its memory is not there, and the next touch of that will wait for ever"
     else:
         said = "It has all of its memory, but its next discard (a balloon's, say) will wait for ever"
-    return "unserved", f"Nobody serves it: {nobody}. {said}.", END_IT
+    return "unserved", f"Nobody serves it: {nobody}. {said}.", todo
 
 
 def unseen_processes(unseen: tuple[proc.Status, ...]) -> str:

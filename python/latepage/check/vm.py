@@ -1,5 +1,6 @@
 """A running VM, as its userfaultfds, its registered memory and its waiting threads show it."""
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -148,12 +149,20 @@ def check_vm(pid: int) -> VmReport:
     try:
         return _look(process)
     except PermissionError:
-        raise CheckError(
-            f"{process} may not be looked into from here: it belongs to user {process.uid}; run this as root",
-            call="open",
-        ) from None
+        raise CheckError(f"{process} may not be looked into from here: {_forbidden(process.uid)}", call="open") from None
     except (FileNotFoundError, ProcessLookupError):
         raise CheckError(f"{process} ended while it was looked at") from None
+
+
+def _forbidden(uid: int) -> str:
+    """Why a process of that user is closed to this one, and what to do."""
+    if os.geteuid() == 0:
+        return (
+            "it has more rights than root has here (a container's root has few); give this CAP_SYS_PTRACE, or look from the host"
+        )
+    if uid == os.geteuid():
+        return "it is of this user, but has more rights, or Yama's ptrace_scope forbids it; run this as root"
+    return f"it belongs to user {uid}; run this as root"
 
 
 def _process(pid: int) -> proc.Status:
@@ -177,15 +186,18 @@ def _look(process: proc.Status) -> VmReport:
     _must_be_vmm(process, first, regions, found, has_kvm)
     lasting = _look_again(first, lambda: _Seen(proc.descriptors(pid), proc.threads(pid)))
     last = lasting.last
+    enclosed = proc.is_enclosed()
     unseen = []
     if found.unseen and not found.holders:
         unseen.append(f"the descriptors of {unseen_processes(found.unseen)}")
+    if enclosed and not found.holders:
+        unseen.append("processes outside of this container")
     if last.threads is None:
         unseen.append("in what its threads wait: that takes the right to ptrace it")
     if found.compared_by == "inode" and found.holders:
         unseen.append("kcmp(2) is not to be had: holders were found by the inode of their descriptors")
     itself = any(proc.polls(pid, descriptor.number) for descriptor in last.descriptors)
-    seen = Facts(process, last.descriptors, regions, found, itself, lasting.stuck, lasting.faults, lasting.looked)
+    seen = Facts(process, last.descriptors, regions, found, itself, lasting.stuck, lasting.faults, lasting.looked, enclosed)
     verdict, says, todo = judge(seen)
     return VmReport(
         process=process,

@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from latepage.errors import PolicyError
-from latepage.observe.address import parse_address
+from latepage.observe.address import Address, UnixAddress, parse_address
 from latepage.pager import Pager
 
 __all__ = ["StatusAddress", "telling", "valid_address"]
@@ -40,5 +40,20 @@ def telling(command: str, pager: Pager, address: str | None, *, per_vm: bool = F
     from latepage.observe.status_server import StatusServer
 
     with StatusServer(pager, address, per_vm=per_vm) as server:
-        print(f"latepage {command}: metrics at {server.url}", file=sys.stderr, flush=True)
+        for line in _where(server.address, server.url):
+            print(f"latepage {command}: {line}", file=sys.stderr, flush=True)
         yield
+
+
+def _where(address: Address, url: str) -> Iterator[str]:
+    """Where the pager answers, and who else than this machine can ask it."""
+    if isinstance(address, UnixAddress):
+        yield f"metrics at {url}"
+        return
+    everywhere = f"metrics at every address of this machine, port {address.port}"
+    yield f"{everywhere}: {url}" if address.is_everywhere else f"metrics at {url}"
+    if not address.is_local:
+        yield (
+            "warning: others than this machine can reach the metrics, without a password, and read what VMs there are; "
+            f"127.0.0.1:{address.port} or a Unix socket keeps them here"
+        )

@@ -23,6 +23,8 @@ from latepage.observe.trace_summary import Summary, summarize
 
 __all__ = ["app"]
 
+AHEAD = "population brought pages ahead of the guest: what it touched of those does not show, so this is what was seen, not all"
+
 Flag = Annotated[bool, Parameter(negative=(), show_default=False)]
 
 app = cyclopts.App(
@@ -78,6 +80,8 @@ def show(
 def diff(a: Path, b: Path, /, *, output: Path | None = None, json: Flag = False) -> int:
     """Compare what two VMs with the same memory touched: overlap, what only one touched, and whether the orders agree.
 
+    Where touches bring what lies beside them (fault-around), stretches of memory are compared within which one hides others.
+
     Args:
         a: the first trace.
         b: the second one.
@@ -99,6 +103,8 @@ def diff(a: Path, b: Path, /, *, output: Path | None = None, json: Flag = False)
             "only_b": len(difference.only_b),
             "jaccard": difference.jaccard,
             "order": difference.order,
+            "granule": difference.granule,
+            "populated": difference.populated,
         }
         print(jsonlib.dumps(figures, indent=2))
     else:
@@ -118,7 +124,7 @@ def merge(*files: Path, output: Path, min_runs: int = 1, json: Flag = False) -> 
     Args:
         files: traces.
         output: the merged trace.
-        min_runs: leave out pages that fewer runs touched.
+        min_runs: leave out pages that fewer runs were seen to touch.
         json: print the figures as JSON.
     """
     wrong = _misunderstood(files, None, into=output)
@@ -194,6 +200,8 @@ def _merged_figures(merged: MergedTrace) -> dict[str, Any]:
         "touched": len(merged.pages),
         "touched_by": {str(runs): _count(merged, runs) for runs in range(1, len(merged.merged) + 1)},
         "ranges": len(merged.ranges()),
+        "granule": merged.granule or None,
+        "populated": merged.populated,
     }
 
 
@@ -253,11 +261,11 @@ def _difference(summaries: tuple[Summary, Summary], difference: Difference) -> N
     for summary in summaries:
         table.add_column(escape(f"{summary.vm}\n{summary.file.name}"), justify="right", overflow="fold")
     a, b = summaries
-    both = f"{len(difference.both):,}"
+    both, unit = f"{len(difference.both):,}", difference.unit
     rows = [
-        ("touched", f"{a.touched:,}", f"{b.touched:,}"),
-        ("by both", both, both),
-        ("by this one only", f"{len(difference.only_a):,}", f"{len(difference.only_b):,}"),
+        ("pages seen touched", f"{a.touched:,}", f"{b.touched:,}"),
+        (f"{unit}: by both", both, both),
+        (f"{unit}: by this one only", f"{len(difference.only_a):,}", f"{len(difference.only_b):,}"),
         (f"{a.percent:g} % touched", _span(a.seconds_to_percent), _span(b.seconds_to_percent)),
         ("lost", f"{a.lost:,}", f"{b.lost:,}"),
     ]
@@ -268,21 +276,37 @@ def _difference(summaries: tuple[Summary, Summary], difference: Difference) -> N
     if difference.jaccard is None:
         console.print("neither touched a page that was not there", highlight=False)
     else:
-        console.print(f"overlap (Jaccard): {difference.jaccard:.1%} of the pages that either touched", highlight=False)
+        console.print(f"overlap (Jaccard): {difference.jaccard:.1%} of the {unit} that either touched", highlight=False)
     if difference.order is not None:
         console.print(
             f"order (Spearman's correlation): {difference.order:.2f}, where 1 is the same and 0 unrelated", highlight=False
         )
+    if difference.granule != difference.page_size:
+        size = format_size(difference.granule)
+        why = f"compared by {size}: a touch brought up to that along, and later touches of it do not show"
+        console.print(why, style="dim", highlight=False)
+    if difference.populated:
+        console.print(AHEAD, style="yellow", highlight=False)
     _print_notes(console, summaries)
 
 
 def _merged_lines(merged: MergedTrace, output: Path | None = None) -> None:
     names = ", ".join(dict.fromkeys(vm for vm, _ in merged.merged))
-    size = format_size(sum(size for _, size in merged.ranges()))
-    lines = [f"{output or merged.path}: {len(merged.pages):,} pages ({size}) that {len(merged.merged)} runs touched: {names}"]
+    size, runs = format_size(sum(size for _, size in merged.ranges())), len(merged.merged)
+    lines = [f"{output or merged.path}: {len(merged.pages):,} pages ({size}) that {runs} runs were seen to touch: {names}"]
     lines += [
         f"  {_count(merged, runs):,} by {runs} of them" for runs in range(len(merged.merged), 0, -1) if _count(merged, runs)
     ]
+    notes = []
+    if merged.granule > max((region.page_size for region in merged.regions), default=0):
+        size = format_size(merged.granule)
+        notes.append(
+            f"a touch brought up to {size} along (--fault-around), and later touches of that do not show: more runs may have"
+        )
+    if merged.populated:
+        notes.append(AHEAD)
     console = Console()
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+    for note in notes:
+        console.print(f"  {note}", style="dim", highlight=False, soft_wrap=True)

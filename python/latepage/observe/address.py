@@ -1,7 +1,9 @@
 """Where a pager tells how it is: a TCP port or a Unix socket, as a command line writes it."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from ipaddress import ip_address
+from typing import Literal
 from urllib.parse import quote
 
 __all__ = ["Address", "TcpAddress", "UnixAddress", "parse_address"]
@@ -12,10 +14,35 @@ LONGEST_PATH = 107
 
 @dataclass(frozen=True, slots=True)
 class TcpAddress:
-    """A port of a host; an empty host is every address of this machine to a server, and `localhost` to a client."""
+    """A port of a host; an empty host is every address of this machine to a server, and `localhost` to a client.
+
+    Attributes:
+        host: as it was written.
+        port: its number.
+        bound: the numeric address at which a server listens; empty where none does.
+    """
 
     host: str
     port: int
+    bound: str = field(default="", compare=False, repr=False)
+
+    @property
+    def is_everywhere(self) -> bool:
+        """Whether a server there listens at every address of this machine.
+
+        >>> TcpAddress("", 9464).is_everywhere, TcpAddress("0", 9464, "0.0.0.0").is_everywhere
+        (True, True)
+        """
+        return not self.host or _ip(self.bound or self.host, "is_unspecified")
+
+    @property
+    def is_local(self) -> bool:
+        """Whether nobody but this machine can reach a server there.
+
+        >>> TcpAddress("localhost", 9464, "127.0.0.1").is_local, TcpAddress("host", 9464, "10.0.0.7").is_local
+        (True, False)
+        """
+        return _ip(self.bound or self.host, "is_loopback")
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
@@ -27,9 +54,17 @@ class TcpAddress:
         >>> TcpAddress("", 9464).url, TcpAddress("::1", 9464).url
         ('http://localhost:9464', 'http://[::1]:9464')
         """
-        host = "localhost" if self.host in {"", "0.0.0.0", "::"} else self.host  # noqa: S104 (a comparison)
+        host = "localhost" if self.is_everywhere else self.host
         # The % of a link-local address's zone is an escape of its own in a URL.
         return f"http://{TcpAddress(quote(host, safe=':'), self.port)}"
+
+
+def _ip(host: str, what: Literal["is_unspecified", "is_loopback"]) -> bool:
+    """What is so of a numeric address; of a name nothing is known."""
+    try:
+        return bool(getattr(ip_address(host.partition("%")[0]), what))
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,7 +80,8 @@ def _listen_tcp(address: TcpAddress) -> Listening:
         made = socket.create_server(where, family=family, backlog=BACKLOG)
     else:
         made = _listen_everywhere(address.port)
-    return Listening(made, TcpAddress(address.host, made.getsockname()[1]))
+    bound, port = made.getsockname()[:2]
+    return Listening(made, TcpAddress(address.host, port, bound))
 
 
 def _listen_everywhere(port: int) -> socket.socket:

@@ -55,7 +55,6 @@ EVENTS = {
     "refused": ("vms_refused", "Peers that were not served."),
     "populated": ("vms_populated", "VMs that have got all of their memory."),
     "detached": ("vms_detached", "Full VMs that were let go."),
-    "left": ("vms_left", "VMs that the pager left behind alive."),
     "population-stopped": ("population_stops", "Populations that met an error and stopped."),
     "source-changed": ("source_changes", "Times that a memory file was written to while it was served."),
     "lease-breaking": ("lease_breaks", "Times that somebody opened a served memory file for writing."),
@@ -63,7 +62,9 @@ EVENTS = {
     "surprise": ("surprises", "Things that VMs did and that a pager cannot follow."),
     "warning": ("warnings", "Things that the pager may need and cannot do."),
 }
-"""The metric, without prefix and `_total`, of each kind of event that is worth a rate, and what it says."""
+"""The metric, without prefix and `_total`, of each kind of event that is worth a rate, and what it says.
+
+`left` is not among them: a pager counts it in the moment in which it ends, and nobody scrapes it after that."""
 
 VM_COUNTERS = {
     "faults": ("vm_faults", "Faults of this VM that the kernel delivered."),

@@ -52,7 +52,7 @@ class Recorder:
 
     Args:
         pager: whose VMs.
-        folder: where the traces go; made if it is not there.
+        folder: where the traces go; made, for its owner alone, if it is not there.
         report: takes each line about what could not be recorded; by default it goes to standard error. A disk that is full,
             and the like, is reported once, and no VM is harmed by it.
 
@@ -71,7 +71,7 @@ class Recorder:
         self._stop = -1
         self._thread: threading.Thread | None = None
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            self._folder.mkdir(0o700, parents=True, exist_ok=True)
         except FileExistsError:
             raise TraceError(f"{folder}: is no folder; name a folder for the traces, or one to be made", call="mkdir") from None
         except OSError as error:

@@ -100,6 +100,11 @@ class Trace:
                 found.setdefault(run.page, run.seconds)
         return found
 
+    @property
+    def populated(self) -> bool:
+        """Whether population brought any page: what the guest touched of those does not show."""
+        return any(run.reason == "population" for run in self.runs())
+
     def spans(self, pages: Iterable[int]) -> Iterator[tuple[int, int]]:
         """Where pages lie in the VM's memory, its regions put end to end, and how large each is, in bytes."""
         firsts = places(self.regions)
@@ -122,15 +127,18 @@ class Trace:
 
 @dataclass(frozen=True, slots=True)
 class MergedTrace:
-    """What several runs of one VM touched: each page once, in the order of its earliest first touch in any run.
+    """What several runs of one VM were seen to touch: each page once, in the order of its earliest first touch in any run.
 
     Attributes:
         path: the file that it was read from; None if it was made just now.
         regions: the VM's memory.
         merged: what it was made of: names of VMs and when their sessions began, in seconds since 1970.
         pages: the pages, by their index in the session.
-        touched_by: how many runs touched each of them.
-        seconds: when the first run to do so first touched each of them, since its session began.
+        touched_by: how many runs were seen to touch each of them; more may have.
+        seconds: when the first run to do so first touched each of them, since that run's first touch of all.
+        granule: bytes of the stretches of memory within which a touch of a run may have hidden others, by what came beside it;
+            0 if unknown.
+        populated: whether population brought pages to any run: what the guest touched of those does not show.
     """
 
     path: Path | None
@@ -139,6 +147,8 @@ class MergedTrace:
     pages: "array[int]"
     touched_by: "array[int]"
     seconds: "array[float]"
+    granule: int = 0
+    populated: bool = False
 
     def ranges(self) -> list[tuple[int, int]]:
         """The pages as ranges of the snapshot, offset and size in bytes, in their order: what `Session.populate` takes."""
@@ -237,7 +247,16 @@ def _trace(path: Path, contents: Contents) -> Trace:
 def _merged(path: Path, contents: Contents) -> MergedTrace:
     if contents.end is None:
         raise form.trouble(path, contents.readable, "the file ends here, before its end mark; merge the traces again")
-    merged = MergedTrace(path, contents.regions, _runs(contents.header.get("merged")), array("I"), array("I"), array("d"))
+    merged = MergedTrace(
+        path,
+        contents.regions,
+        _runs(contents.header.get("merged")),
+        array("I"),
+        array("I"),
+        array("d"),
+        granule=int(_number(contents.header.get("granule"))),
+        populated=contents.header.get("populated") is True,
+    )
     for page, what, ns in form.RECORD.iter_unpack(contents.records):
         merged.pages.append(page)
         merged.touched_by.append((what & 0xFFFFFF) + 1)

@@ -239,15 +239,17 @@ def draw_difference(a: Trace, b: Trace, difference: Difference, path: Path) -> N
         LatepageError: matplotlib is missing, or the file cannot be written.
     """
     names = [trace.vm if a.vm != b.vm else f"{trace.vm} ({trace.path.name})" for trace in (a, b)]
+    unit = difference.unit
     overlap = (
-        "nothing touched" if difference.jaccard is None else f"overlap {difference.jaccard:.1%} of the pages that either touched"
+        "nothing touched" if difference.jaccard is None else f"overlap {difference.jaccard:.1%} of the {unit} that either touched"
     )
     order = "" if difference.order is None else f"; order correlation {difference.order:.2f}"
+    order += "; touches of what population brought do not show" if difference.populated else ""
     with picture(path, 16, 9) as figure:
         heading(figure, f"{names[0]} against {names[1]}", f"{format_size(a.size)} of memory; {overlap} (Jaccard){order}")
         _map(figure, a, difference, names)
         _growths(figure.add_axes((0.53, 0.545, 0.43, 0.27)), (a, b), names)
-        _orders(figure.add_axes((0.53, 0.105, 0.43, 0.3)), difference, b, names)
+        _orders(figure.add_axes((0.53, 0.105, 0.43, 0.3)), difference, names)
 
 
 def _map(figure: Any, trace: Trace, difference: Difference, names: Sequence[str]) -> None:
@@ -260,14 +262,15 @@ def _map(figure: Any, trace: Trace, difference: Difference, names: Sequence[str]
     cells = np.zeros(-(-pages // share))
     parts = (difference.both, difference.only_b, difference.only_a)
     for number, part in enumerate(parts, 1):
-        cells[np.array(part, dtype=np.int64) // share] = number
+        for stretch in part:
+            cells[stretch.start // share : (stretch.stop - 1) // share + 1] = number
     grid = tiles(cells, 0.0)
     axes = figure.add_axes((0.075, 0.155, 0.375, 0.66))
     colours = ListedColormap(["#f3f5f7", BOTH, ONLY_B, ONLY_A])
     axes.imshow(grid, cmap=colours, vmin=-0.5, vmax=3.5, aspect="auto", interpolation="nearest", rasterized=True)
     axes.set_xticks([])
     axes.set_yticks([0, len(grid) / 2, len(grid) - 1], memory_ticks(trace.size)[1])
-    calm(axes, "Which pages either VM touched")
+    calm(axes, f"Which {difference.unit} either VM touched")
     axes.grid(visible=False)
     for spine in axes.spines.values():
         spine.set_visible(False)
@@ -277,7 +280,8 @@ def _map(figure: Any, trace: Trace, difference: Difference, names: Sequence[str]
         (ONLY_B, f"only {names[1]}", difference.only_b),
     )
     handles = [
-        axes.plot([], [], "s", color=colour, ms=9, label=f"{name}: {len(pages):,} pages")[0] for colour, name, pages in said
+        axes.plot([], [], "s", color=colour, ms=9, label=f"{name}: {len(part):,} {difference.unit}")[0]
+        for colour, name, part in said
     ]
     axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(-0.01, -0.01), frameon=False, fontsize=11, handletextpad=0.2)
     axes.set_ylabel("guest memory, row by row, from its start")
@@ -290,21 +294,19 @@ def _growths(axes: Any, traces: Sequence[Trace], names: Sequence[str]) -> None:
         moments, grown = _growth(trace, unit)
         top = max(top, grown[-1])
         axes.plot(moments, grown, color=colour, lw=2.5, drawstyle="steps-post", label=f"{name}: {format_size(grown[-1])}")
-    calm(axes, "Working set: memory that the guest touched")
+    calm(axes, "Pages that were seen to be touched")
     axes.set_xlim(0, None)
     axes.set_xlabel(f"{called} after the session began")
     _growth_axis(axes, top)
 
 
-def _orders(axes: Any, difference: Difference, b: Trace, names: Sequence[str]) -> None:
-    both = set(difference.both)
-    place = {page: rank for rank, page in enumerate(page for page in b.touches() if page in both)}
-    side = max(1.2, min(4.0, 100 / max(1, len(both)) ** 0.5))
-    ranks = [place[page] for page in difference.both]
+def _orders(axes: Any, difference: Difference, names: Sequence[str]) -> None:
+    ranks = difference.ranks
+    side = max(1.2, min(4.0, 100 / max(1, len(ranks)) ** 0.5))
     axes.plot(range(len(ranks)), ranks, "s", color=BOTH, ms=side, mew=0, rasterized=True)
     end = max(1, len(ranks) - 1)
     axes.plot([0, end], [0, end], color=FAINT, lw=1, zorder=0)
-    calm(axes, "Order of the pages that both touched: on the line, the same")
+    calm(axes, "Order of what both touched: on the line, the same")
     for set_limits, set_ticks in ((axes.set_xlim, axes.set_xticks), (axes.set_ylim, axes.set_yticks)):
         set_limits(-0.02 * end, 1.02 * end)
         set_ticks([0, end], ["first", "last"])

@@ -10,11 +10,13 @@ from pathlib import Path
 
 from latepage.observe import trace_format as form
 
-__all__ = ["PARTIAL", "SUFFIX", "TraceWriter", "encode_end", "file_stem"]
+__all__ = ["MODE", "PARTIAL", "SUFFIX", "TraceWriter", "encode_end", "file_stem"]
 
 SUFFIX = ".trace"
 PARTIAL = ".part"
 """What follows the suffix as long as the end mark is missing."""
+MODE = 0o600
+"""Permissions of the files: what a guest touched is its owner's affair."""
 
 
 def file_stem(vm: str) -> str:
@@ -82,6 +84,11 @@ class TraceWriter:
         self._checksum = zlib.crc32(data, self._checksum)
 
 
+def _private(path: str, flags: int) -> int:
+    """Opens a file that only its owner may read: it tells which pages a guest touched."""
+    return os.open(path, flags | os.O_CLOEXEC, MODE)
+
+
 def _partial(final: Path) -> Path:
     return final.with_name(final.name + PARTIAL)
 
@@ -98,7 +105,7 @@ def _create(folder: Path, stem: str) -> tuple[Path, FileIO]:
         final = _numbered(folder, stem, number)
         with suppress(FileExistsError):
             # Unbuffered: what was taken from the ring is with the kernel at once, and survives this process.
-            file = FileIO(_partial(final), "x")
+            file = FileIO(_partial(final), "x", opener=_private)
             # Looked at only now: another pager that had the partial name has given it up by making the final one.
             if not os.path.lexists(final):
                 return final, file

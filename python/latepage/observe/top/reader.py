@@ -1,5 +1,6 @@
 """Asks a pager's status server how its VMs are."""
 
+import asyncio
 import json
 from collections.abc import Callable
 from types import TracebackType
@@ -16,7 +17,9 @@ from latepage.observe.vms import VERSION
 __all__ = ["HttpReader", "Reader", "VmGoneError"]
 
 PATIENCE = 5.0
-"""Seconds that a pager has for an answer."""
+"""Seconds that a pager has for an answer, from the question to its last byte."""
+MOST_BYTES = 64 << 20
+"""Bytes of an answer, at most: those of some 50,000 VMs. What goes on after that is no pager's."""
 
 
 T = TypeVar("T")
@@ -53,6 +56,8 @@ class HttpReader:
             transport=httpx.AsyncHTTPTransport(uds=path),
             timeout=PATIENCE,
             trust_env=False,
+            # What is packed could be of any size.
+            headers={"Accept-Encoding": "identity"},
         )
 
     async def __aenter__(self) -> Self:
@@ -83,8 +88,15 @@ class HttpReader:
 
     async def _get(self, path: str) -> httpx.Response:
         try:
-            return await self._client.get(path)
-        except httpx.TimeoutException:
+            # The client's own limit is for each read: an answer that dribbles would never end.
+            async with asyncio.timeout(PATIENCE), self._client.stream("GET", path) as answer:
+                content = bytearray()
+                async for part in answer.aiter_raw():
+                    content += part
+                    if len(content) > MOST_BYTES:
+                        raise LatepageError(f"{self._address}: the answer goes on after {MOST_BYTES >> 20} MiB; is that a pager?")
+                return httpx.Response(answer.status_code, content=bytes(content))
+        except (TimeoutError, httpx.TimeoutException):
             raise LatepageError(f"{self._address}: no answer within {PATIENCE:g} s", call="recv") from None
         except httpx.HTTPError as error:
             why = _root(error)
