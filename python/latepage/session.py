@@ -125,7 +125,7 @@ class Session:
         The ring keeps the newest entries only: what was overwritten before it was read is missing.
         """
         entries, cursor, _ = self._native.trace(cursor)
-        return [TraceEntry(page, cast("Reason", why), ns / 1e9) for page, why, ns in entries], cursor
+        return [TraceEntry(page, cast("Reason", why), ns / 1e9, pages) for page, why, ns, pages in entries], cursor
 
     def populate(self, ranges: Iterable[tuple[int, int]] | None = None) -> None:
         """Asks for pages ahead of their faults, and returns at once; faults still go first.

@@ -84,17 +84,19 @@ class Stats:
 
 @dataclass(frozen=True, slots=True)
 class TraceEntry:
-    """One page that came in, or was discarded.
+    """Pages that came in, or were discarded, together.
 
     Attributes:
-        page: its index in the session.
+        page: the first one's index in the session.
         reason: why.
         seconds: when, since the session began.
+        pages: how many, `page` and those that follow it directly; what was touched is one page.
     """
 
     page: int
     reason: Reason
     seconds: float
+    pages: int = 1
 
 
 def from_engine(fields: "_Stats") -> Stats:

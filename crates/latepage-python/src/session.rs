@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use latepage::pager::Pager as Engine;
 use latepage::session::{End, Population, Session as Served};
+use latepage::stats::TraceEntry;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
@@ -132,9 +133,11 @@ impl Session {
         stats::to_python(py, &self.served.stats().snapshot())
     }
 
-    fn trace(&self, py: Python<'_>, cursor: u64) -> (Vec<(u32, &'static str, u64)>, u64, u64) {
+    #[allow(clippy::type_complexity, reason = "a list of entries as Python has them")]
+    fn trace(&self, py: Python<'_>, cursor: u64) -> (Vec<(u32, &'static str, u64, u32)>, u64, u64) {
         let read = py.detach(|| self.served.stats().trace.read_from(cursor));
-        let entries = read.entries.iter().map(|entry| (entry.page, entry.reason.name(), entry.ns)).collect();
+        let entry = |entry: &TraceEntry| (entry.page, entry.reason.name(), entry.ns, entry.pages);
+        let entries = read.entries.iter().map(entry).collect();
         (entries, read.cursor, read.lost)
     }
 

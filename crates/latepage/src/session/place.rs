@@ -187,7 +187,7 @@ impl Session {
             None => {
                 self.stats.counters.zero_pages.add(1);
                 self.stats.counters.bytes_installed.add(self.unit(page) as u64);
-                self.stats.trace.record(page, Reason::Cleared, self.now_ns(Instant::now()));
+                self.stats.trace.record(page..page + 1, Reason::Cleared, self.now_ns(Instant::now()));
                 self.cleared(page);
                 self.released(&(page..page + 1), Some((page, wait)), PageClass::Zero);
             }
@@ -294,13 +294,15 @@ impl Session {
             }
             None => counters.populated_pages.add(pages),
         }
-        for page in run {
-            let reason = match demand {
-                Some((wanted, _)) if wanted == page => Reason::Demand,
-                Some(_) => Reason::Beside,
-                None => Reason::Population,
-            };
-            self.stats.trace.record(page, reason, now);
+        let trace = &self.stats.trace;
+        match demand {
+            None => trace.record(run, Reason::Population, now),
+            Some((wanted, _)) if demanded => {
+                trace.record(run.start..wanted, Reason::Beside, now);
+                trace.record(wanted..wanted + 1, Reason::Demand, now);
+                trace.record(wanted + 1..run.end, Reason::Beside, now);
+            }
+            Some(_) => trace.record(run, Reason::Beside, now),
         }
     }
 

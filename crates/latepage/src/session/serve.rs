@@ -156,7 +156,7 @@ impl Session {
                     self.stats.counters.present.add(1);
                 }
                 // It came before it was asked for: the trace shall say that it was asked for, too.
-                self.stats.trace.record(page, Reason::Demand, self.now_ns(wait.since));
+                self.stats.trace.record(page..page + 1, Reason::Demand, self.now_ns(wait.since));
                 self.expose(core, page..page + 1, Some((page, wait)), PageClass::Resident);
             }
             Claim::Failed => self.failed_again(core, page, wait.since),
@@ -166,16 +166,23 @@ impl Session {
     /// The VMM has discarded pages: from now on they read as zero, or as what their file then holds.
     pub(super) fn removed(&self, pages: Range<u32>, now: Instant) {
         let at = self.now_ns(now);
+        let (mut run, mut owed, mut removed) = (pages.start..pages.start, 0, 0);
         for page in pages {
             let was = self.pages.remove(page);
-            if matches!(was, PageState::Absent | PageState::InFlight) {
-                self.paid(1);
+            owed += u64::from(matches!(was, PageState::Absent | PageState::InFlight));
+            if was == PageState::Removed {
+                continue;
             }
-            if was != PageState::Removed {
-                self.stats.counters.removed_pages.add(1);
-                self.stats.trace.record(page, Reason::Removed, at);
+            removed += 1;
+            if run.end != page {
+                self.stats.trace.record(run, Reason::Removed, at);
+                run = page..page;
             }
+            run.end = page + 1;
         }
+        self.stats.trace.record(run, Reason::Removed, at);
+        self.stats.counters.removed_pages.add(removed);
+        self.paid(owed);
     }
 
     fn surprised(&self, core: &mut Core, surprise: Surprise, since: Instant) {

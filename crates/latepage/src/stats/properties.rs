@@ -137,8 +137,10 @@ mod a_trace_ring {
     }
 
     fn acts() -> impl Strategy<Value = Vec<Act>> {
-        let entry = (any::<u32>(), prop::sample::select(&Reason::ALL[..]), any::<u64>())
-            .prop_map(|(page, reason, ns)| TraceEntry { page, reason, ns });
+        // No table has so many pages that a run of them would end beyond 32 bits.
+        let pages = 1..=TraceEntry::MOST_PAGES;
+        let entry = (0..u32::MAX >> 1, pages, prop::sample::select(&Reason::ALL[..]), any::<u64>())
+            .prop_map(|(page, pages, reason, ns)| TraceEntry { page, pages, reason, ns });
         let act = prop_oneof![
             5 => entry.prop_map(Act::Record),
             1 => (0..2_usize).prop_map(Act::Read),
@@ -150,7 +152,7 @@ mod a_trace_ring {
     fn takes_sixteen_bytes_an_entry_and_none_when_it_is_off() {
         assert_eq!(size_of::<[u64; 2]>(), 16);
         let off = TraceRing::new(0);
-        off.record(1, Reason::Demand, 2);
+        off.record(1..2, Reason::Demand, 2);
         assert_eq!((off.capacity(), off.recorded()), (0, 0));
         assert!(off.read_from(0).entries.is_empty());
     }
@@ -158,9 +160,18 @@ mod a_trace_ring {
     #[test]
     fn a_cursor_from_elsewhere_is_set_back_to_the_newest() {
         let ring = TraceRing::new(4);
-        ring.record(1, Reason::Demand, 2);
+        ring.record(1..2, Reason::Demand, 2);
         let read = ring.read_from(u64::MAX);
         assert_eq!((read.entries.len(), read.cursor, read.lost), (0, 1, 0));
+    }
+
+    #[test]
+    fn a_run_that_is_too_long_for_an_entry_takes_two_and_none_takes_none() {
+        let (ring, most) = (TraceRing::new(4), TraceEntry::MOST_PAGES);
+        ring.record(7..7, Reason::Removed, 1);
+        ring.record(7..most + 9, Reason::Removed, 2);
+        let entry = |page, pages| TraceEntry { page, pages, reason: Reason::Removed, ns: 2 };
+        assert_eq!(ring.read_from(0).entries, [entry(7, most), entry(most + 7, 2)]);
     }
 
     proptest! {
@@ -173,7 +184,7 @@ mod a_trace_ring {
             for act in acts {
                 match act {
                     Act::Record(entry) => {
-                        ring.record(entry.page, entry.reason, entry.ns);
+                        ring.record(entry.page..entry.page + entry.pages, entry.reason, entry.ns);
                         if capacity > 0 {
                             recorded += 1;
                             kept.push_back(entry);

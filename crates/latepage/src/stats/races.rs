@@ -9,14 +9,14 @@ use super::{Reason, TraceRead, TraceRing};
 
 /// Records event number `n` such that each of its fields says so.
 fn record(ring: &TraceRing, n: u32) {
-    ring.record(n, Reason::ALL[n as usize % 5], u64::from(n) * 1000);
+    ring.record(n..n + 1, Reason::ALL[n as usize % 5], u64::from(n) * 1000);
 }
 
 /// What was read is exactly the events that end at the cursor, each whole.
 fn check(read: &TraceRead, from: u64) {
     assert_eq!(from + read.lost + read.entries.len() as u64, read.cursor);
     for (entry, n) in read.entries.iter().zip(from + read.lost..) {
-        assert_eq!(u64::from(entry.page), n);
+        assert_eq!((u64::from(entry.page), entry.pages), (n, 1));
         assert_eq!(entry.reason, Reason::ALL[n as usize % 5]);
         assert_eq!(entry.ns, n * 1000);
     }

@@ -1,6 +1,7 @@
 //! The trace ring: which pages came in, in what order, when and why. It keeps the newest entries and overwrites the oldest.
 
 use std::fmt;
+use std::ops::Range;
 
 use crate::memory::atomic::{AtomicU64, Ordering, fence};
 
@@ -42,24 +43,32 @@ impl fmt::Display for Reason {
     }
 }
 
-/// One event of the trace.
+/// One event of the trace: pages that follow one another and came, or went, together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct TraceEntry {
-    /// The page's index in the session.
+    /// The first page's index in the session.
     pub page: u32,
-    /// Why it is in the trace.
+    /// How many pages: one at least, [`MOST_PAGES`](Self::MOST_PAGES) at most.
+    pub pages: u32,
+    /// Why they are in the trace.
     pub reason: Reason,
     /// When, in ns since the session began.
     pub ns: u64,
 }
 
 impl TraceEntry {
+    /// The most pages of an entry, since it has 24 bits for them: 64 GiB in pages of 4 KiB.
+    pub const MOST_PAGES: u32 = 1 << 24;
+
     fn pack(self) -> [u64; 2] {
-        [u64::from(self.page) | u64::from(self.reason as u8) << 32, self.ns]
+        let what = self.pages - 1 | (self.reason as u32) << 24;
+        [u64::from(self.page) | u64::from(what) << 32, self.ns]
     }
 
-    fn unpack([what, ns]: [u64; 2]) -> Self {
-        Self { page: what as u32, reason: Reason::ALL[(what >> 32) as usize], ns }
+    fn unpack([word, ns]: [u64; 2]) -> Self {
+        let what = (word >> 32) as u32;
+        let pages = what % Self::MOST_PAGES + 1;
+        Self { page: word as u32, pages, reason: Reason::ALL[(what >> 24) as usize], ns }
     }
 }
 
@@ -110,15 +119,23 @@ impl TraceRing {
         self.complete.load(Ordering::Acquire)
     }
 
-    /// Records an event, at `ns` since the session began. Only one thread at a time may call this.
+    /// Records what became of a run of pages, at `ns` since the session began. Only one thread at a time may call this.
     #[inline]
-    pub fn record(&self, page: u32, reason: Reason, ns: u64) {
+    pub fn record(&self, mut pages: Range<u32>, reason: Reason, ns: u64) {
         if self.words.is_empty() {
             return;
         }
+        while !pages.is_empty() {
+            let count = (pages.end - pages.start).min(TraceEntry::MOST_PAGES);
+            self.push(TraceEntry { page: pages.start, pages: count, reason, ns }.pack());
+            pages.start += count;
+        }
+    }
+
+    #[inline]
+    fn push(&self, entry: [u64; 2]) {
         let number = self.begun.load(Ordering::Relaxed);
         let [what, when] = self.slot(number);
-        let entry = TraceEntry { page, reason, ns }.pack();
         self.begun.store(number + 1, Ordering::Relaxed);
         // Whoever reads one of the words below has `begun` from above, once he has fenced: he then knows that his slot was reused.
         fence(Ordering::Release);
