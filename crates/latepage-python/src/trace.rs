@@ -12,7 +12,7 @@ pub(crate) fn records(entries: &[TraceEntry]) -> Vec<u8> {
         // 0 is no reason in a file, so that what was never written cannot be taken for a record.
         let reason = entry.reason as u32 + 1;
         bytes.extend(entry.page.to_le_bytes());
-        bytes.extend((entry.pages - 1 | reason << 24).to_le_bytes());
+        bytes.extend(((entry.pages - 1) | reason << 24).to_le_bytes());
         bytes.extend(entry.ns.to_le_bytes());
     }
     bytes

@@ -21,6 +21,7 @@ pub use self::file::FileSource;
 pub use self::notice::{NoLease, SourceNotice};
 
 use crate::memory::Layout;
+use crate::sys::mapping::Window;
 
 /// What a source answers. It covers a prefix of what was asked: a positive multiple of the asker's unit, never more than
 /// the length asked.
@@ -32,6 +33,15 @@ pub enum Answer<'a> {
     Zero(u64),
     /// It would have to wait: ask again with [`Source::wait`], on a thread that may.
     Later,
+}
+
+/// Contents that lie where the kernel can copy them from: nobody need read them first.
+#[derive(Debug, Clone, Copy)]
+pub enum AtHand<'a> {
+    /// They are in a mapping of the source's, in memory, and not known to be zero.
+    Contents(Window<'a>),
+    /// That many bytes, known to be zero.
+    Zero(u64),
 }
 
 /// On which of a pager's threads a source is waited for.
@@ -85,6 +95,24 @@ pub trait Source: Send + Sync {
         unit: usize,
         scratch: &'a mut [u8],
     ) -> Result<Answer<'a>, SourceError>;
+
+    /// What [`ask`](Self::ask) would answer, as far as it lies in memory where the kernel can copy it from; `None` where it does
+    /// not, and then `ask` is asked. It covers a prefix of the range, in whole units, as an answer does. Never blocks, never
+    /// allocates, makes no system call.
+    ///
+    /// Whoever has installed what it shows calls [`vouch`](Self::vouch) afterwards.
+    fn at_hand(&self, offset: u64, length: usize, unit: usize) -> Option<AtHand<'_>> {
+        let _ = (offset, length, unit);
+        None
+    }
+
+    /// Whether all that was copied from the source's windows until now was what it should be. Never blocks, never allocates.
+    ///
+    /// # Errors
+    /// Why not: then what was installed since the last time that it was must not be believed.
+    fn vouch(&self) -> Result<(), SourceError> {
+        Ok(())
+    }
 
     /// Answers, waiting as long as it takes. Called on threads that may block; never [`Answer::Later`].
     ///

@@ -61,7 +61,7 @@ impl TraceEntry {
     pub const MOST_PAGES: u32 = 1 << 24;
 
     fn pack(self) -> [u64; 2] {
-        let what = self.pages - 1 | (self.reason as u32) << 24;
+        let what = (self.pages - 1) | (self.reason as u32) << 24;
         [u64::from(self.page) | u64::from(what) << 32, self.ns]
     }
 

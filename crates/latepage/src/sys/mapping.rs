@@ -1,6 +1,8 @@
 //! Mappings of memory: a guest view, an install view, or a file.
 
 use std::ffi::c_void;
+use std::marker::PhantomData;
+use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::ptr;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -103,6 +105,15 @@ impl Mapping {
         Self::map("mmap(private)", length, ProtFlags::READ | ProtFlags::WRITE, flags, Some((file, offset)))
     }
 
+    /// A file's bytes from its start, to be looked at only through [`window`](Self::window)s: a store would be a SIGSEGV, and
+    /// a load from a file that somebody has truncated a SIGBUS.
+    ///
+    /// # Errors
+    /// [`MapError`].
+    pub fn read_only(file: BorrowedFd<'_>, length: usize) -> Result<Self, MapError> {
+        Self::map("mmap(read-only)", length, ProtFlags::READ, MapFlags::SHARED, Some((file, 0)))
+    }
+
     fn map(
         call: &'static str,
         length: usize,
@@ -191,6 +202,14 @@ impl Mapping {
         self.base.wrapping_add(offset)
     }
 
+    /// A part of it, for the kernel alone to copy from.
+    ///
+    /// # Panics
+    /// If the range is outside the mapping.
+    pub fn window(&self, offset: usize, length: usize) -> Window<'_> {
+        Window { start: self.at(offset, length), length, mapping: PhantomData }
+    }
+
     /// Copies out. May wait for a page, where the memory is registered with a userfaultfd.
     ///
     /// # Panics
@@ -270,6 +289,44 @@ impl Mapping {
         // SAFETY: the range is ours (checked), and no reference into it exists that could see it change: only copies and
         // atomics reach it.
         unsafe { rustix::mm::madvise(start, length, advice) }
+    }
+}
+
+/// Bytes of a mapping that only the kernel reads: what is not there (any more) is its EFAULT, never our SIGBUS.
+#[derive(Clone, Copy, Debug)]
+pub struct Window<'a> {
+    start: *const u8,
+    length: usize,
+    mapping: PhantomData<&'a Mapping>,
+}
+
+impl Window<'_> {
+    /// Where it begins, in this process.
+    pub fn address(&self) -> u64 {
+        self.start.addr() as u64
+    }
+
+    /// Its length in bytes.
+    pub fn len(&self) -> usize {
+        self.length
+    }
+
+    /// Whether it has no byte.
+    pub fn is_empty(&self) -> bool {
+        self.length == 0
+    }
+
+    /// The bytes of `range`, counted from its first.
+    ///
+    /// # Panics
+    /// If the range is not inside.
+    pub fn part(&self, range: Range<usize>) -> Self {
+        assert!(
+            range.start <= range.end && range.end <= self.length,
+            "{range:?} of a window of {:#x}",
+            self.length
+        );
+        Self { start: self.start.wrapping_add(range.start), length: range.len(), mapping: PhantomData }
     }
 }
 

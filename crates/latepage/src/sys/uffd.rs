@@ -8,6 +8,7 @@ use std::path::Path;
 use bitflags::bitflags;
 use rustix::io::Errno;
 
+use super::mapping::Window;
 use super::uffd_abi as abi;
 
 bitflags! {
@@ -416,9 +417,17 @@ impl Userfaultfd {
 
     /// Puts a copy of `contents` at `start`, where no page is yet, and wakes who waits for it.
     pub fn copy(&self, start: u64, contents: &[u8], mode: InstallMode) -> Installed {
-        let length = contents.len() as u64;
-        let mut copy =
-            abi::Copy { dst: start, src: contents.as_ptr() as u64, len: length, mode: mode.bits(), copy: 0 };
+        self.copy_from(start, contents.as_ptr() as u64, contents.len() as u64, mode)
+    }
+
+    /// Puts a copy of what a window shows at `start`, as [`copy`](Self::copy) does; EFAULT where the window shows nothing.
+    pub fn copy_window(&self, start: u64, contents: Window<'_>, mode: InstallMode) -> Installed {
+        self.copy_from(start, contents.address(), contents.len() as u64, mode)
+    }
+
+    /// The kernel reads the source as this process would, and says EFAULT where there is nothing.
+    fn copy_from(&self, start: u64, source: u64, length: u64, mode: InstallMode) -> Installed {
+        let mut copy = abi::Copy { dst: start, src: source, len: length, mode: mode.bits(), copy: 0 };
         let result = self.call(abi::UFFDIO_COPY, &mut copy);
         Installed::from_call(result, copy.copy, length)
     }
