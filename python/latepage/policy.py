@@ -9,7 +9,7 @@ from latepage.memory import PAGE, format_size
 from latepage.session import Session
 from latepage.stats import TraceEntry
 
-__all__ = ["OnMissing", "Order", "Policy", "Populate"]
+__all__ = ["FaultAround", "OnMissing", "Order", "Policy", "Populate"]
 
 Populate = Literal["none", "background"]
 """`none` supplies what is touched; `background` all the rest as well, while no fault waits."""
@@ -25,13 +25,18 @@ OnMissing = Literal["kill", "poison"]
 """What happens to a VM whose page cannot be had: it is killed, or that page is poisoned."""
 
 
+FaultAround: TypeAlias = int | Literal["auto"]
+"""Bytes of the aligned window whose absent pages come with a touched one; `auto` goes by what was touched before: the page alone
+where touches are scattered, up to 2 MiB where they follow one another."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Policy:
     """One field per flag of `latepage serve`.
 
     >>> policy = Policy(populate="background", allow_uids={1000})
     >>> policy.on_missing, policy.fault_around, sorted(policy.allow_uids)
-    ('kill', 65536, [1000])
+    ('kill', 'auto', [1000])
     >>> Policy(stall_warning=0)
     Traceback (most recent call last):
     ...
@@ -41,8 +46,9 @@ class Policy:
         populate: whether memory is supplied ahead of its faults; or a function that says what comes next, and when (an `Order`;
             docs/policy.md tells the rest). It takes a trace: 65,536 entries unless `trace` says otherwise.
         on_missing: what happens when a page cannot be had.
-        fault_around: bytes that are supplied around a touched page, where they lie together in the source: a multiple
-            of 4 KiB, which supplies that page only.
+        fault_around: how much is supplied with a touched page. `auto`: that page alone where touches are scattered, up to 2 MiB
+            where they follow one another. A number: the aligned window of so many bytes, a multiple of 4 KiB, which supplies
+            that page only.
         mode: permissions of the socket's file.
         owner: user and group, as numbers, whom the socket's file is given to; None keeps it. It takes root.
         allow_uids: users whose VMs are served; empty for everyone whom `mode` lets in.
@@ -54,7 +60,7 @@ class Policy:
 
     populate: Populate | Order = "none"
     on_missing: OnMissing = "kill"
-    fault_around: int = 64 << 10
+    fault_around: FaultAround = "auto"
     mode: int = 0o660
     owner: tuple[int, int] | None = None
     allow_uids: Collection[int] = frozenset()
@@ -75,9 +81,10 @@ class Policy:
         for name in ("stall_warning", "handshake_timeout"):
             if not 0 < getattr(self, name) <= 86_400:
                 raise PolicyError(f"{name} is {getattr(self, name)}: give seconds above zero")
-        if not PAGE <= self.fault_around <= 1 << 30 or self.fault_around % PAGE:
+        around = self.fault_around
+        if around != "auto" and (not isinstance(around, int) or not PAGE <= around <= 1 << 30 or around % PAGE):
             raise PolicyError(
-                f"fault_around is {self.fault_around}: give a multiple of {format_size(PAGE)}, "
+                f"fault_around is {around}: give auto, or a multiple of {format_size(PAGE)}, "
                 f"from {format_size(PAGE)} (only the page) to 1 GiB"
             )
         if not 0 <= self.trace <= 1 << 30:
@@ -97,4 +104,6 @@ class Policy:
         if callable(self.populate):
             # Of itself the engine brings nothing unasked: what comes next is said by a thread of Python's.
             values["populate"] = "none"
+        if self.fault_around == "auto":
+            values["fault_around"] = None
         return values | {"allow_uids": sorted(self.allow_uids)}

@@ -66,7 +66,7 @@ def introduced(peer: Callable[[], Peer], socket: Path, name: str, size: int = SI
 def test_a_trace_tells_what_the_guest_touched_in_its_order(
     serve: Callable[..., Serve], peer: Callable[[], Peer], traces: Path
 ) -> None:
-    pager = serve("--record", str(traces))
+    pager = serve("--record", str(traces), "--fault-around", "64KiB")
     vm = introduced(peer, pager.socket, "vm-7")
     touched = [200, 3, 77]
     for page in touched:

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use latepage::session::{OnMissing, Policy, Population};
+use latepage::session::{FaultAround, OnMissing, Policy, Population};
 use pyo3::conversion::FromPyObjectOwned;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -17,7 +17,8 @@ pub(crate) fn from_python(fields: &Bound<'_, PyDict>) -> PyResult<Policy> {
             "background" => Population::Background,
             other => return Err(PyValueError::new_err(format!("populate: {other}"))),
         },
-        fault_around: field(fields, "fault_around")?,
+        fault_around: field::<Option<u64>>(fields, "fault_around")?
+            .map_or(FaultAround::Auto, FaultAround::Window),
         on_missing: match field::<String>(fields, "on_missing")?.as_str() {
             "kill" => OnMissing::Kill,
             "poison" => OnMissing::Poison,

@@ -172,11 +172,12 @@ impl Session {
         self.served.source().describe()
     }
 
-    /// Of its policy, what decides which pages come: whether there is population, and the bytes of fault-around.
+    /// Of its policy, what decides which pages come: whether there is population, and within how many bytes a touch may bring
+    /// others along.
     #[getter]
     fn bringing(&self) -> (bool, u64) {
         let policy = self.served.policy();
-        (policy.population != Population::None, policy.fault_around)
+        (policy.population != Population::None, policy.fault_around.reach())
     }
 
     fn populate(&self, py: Python<'_>, ranges: Option<Vec<(u64, u64)>>) -> PyResult<()> {

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use latepage::attachment::{Backing, Form};
 use latepage::pager::What;
-use latepage::session::Policy;
+use latepage::session::{FaultAround, Policy};
 use latepage::sys::uffd::RegisterMode;
 use vmm::guest::{Guest, Make};
 use vmm::serving::{Serving, policy, populating};
@@ -241,7 +241,7 @@ fn a_filled_page_is_never_written_again() {
     need_userfaultfd!();
     for backing in [Backing::Shared, Backing::Private] {
         let guest = Guest::new(backing, 512);
-        let mut serving = served(&guest, Policy { fault_around: 0, ..policy() });
+        let mut serving = served(&guest, Policy { fault_around: FaultAround::NONE, ..policy() });
         let _socket = guest.connect(&serving.socket, "vm");
         for page in 0..512 {
             guest.write(page, 9).join();
@@ -388,7 +388,8 @@ fn a_page_installed_behind_our_back_releases_its_waiter() {
     need_userfaultfd!();
     let guest = Guest::new(Backing::Anonymous, 8);
     let source = Arc::new(Snapshot::new(guest.layout.end()).cold([2]));
-    let mut serving = Serving::new(Arc::clone(&source) as _, Policy { fault_around: 0, ..policy() });
+    let mut serving =
+        Serving::new(Arc::clone(&source) as _, Policy { fault_around: FaultAround::NONE, ..policy() });
     let _socket = guest.connect(&serving.socket, "vm");
     let waiter = guest.touch(2);
     source.waited_for.wait();
@@ -491,5 +492,59 @@ fn many_threads_on_one_page_are_all_released() {
             assert_eq!(waiter.join(), word(5 * PAGE as u64, 0));
         }
         assert_eq!(session.stats().snapshot().counters.joined, 39);
+    }
+}
+
+/// Up and down, one thread and several: every page right, and far fewer faults than pages.
+#[test]
+fn a_guest_that_walks_is_brought_ever_longer_runs() {
+    need_userfaultfd!();
+    const PAGES: usize = 2048;
+    for backing in SMALL {
+        for threads in [1, 4] {
+            let guest = Guest::new(backing, PAGES);
+            let mut serving =
+                served(&guest, Policy { fault_around: FaultAround::Auto, trace: 1 << 14, ..policy() });
+            let _socket = guest.connect(&serving.socket, "vm");
+            let session = serving.session("vm");
+            let share = PAGES / threads;
+            std::thread::scope(|scope| {
+                for thread in 0..threads {
+                    let guest = &guest;
+                    scope.spawn(move || {
+                        for step in 0..share {
+                            // Every other thread walks down.
+                            let at = if thread % 2 == 0 { step } else { share - 1 - step };
+                            let page = thread * share + at;
+                            assert_eq!(guest.touch(page).join(), word((page * PAGE) as u64, 0), "{backing}");
+                        }
+                    });
+                }
+            });
+            let counters = session.stats().snapshot().counters;
+            assert_eq!(session.owed(), 0);
+            assert!(counters.faults < PAGES as u64 / 4, "{backing}, {threads} threads: {counters:?}");
+            assert!(counters.beside_pages > PAGES as u64 / 2, "{backing}, {threads} threads: {counters:?}");
+            assert!(counters.beside_touched <= counters.beside_pages, "{counters:?}");
+        }
+    }
+}
+
+/// What was discarded is never brought by a run that passes over it.
+#[test]
+fn a_run_never_brings_back_what_was_discarded() {
+    need_userfaultfd!();
+    for backing in [Backing::Anonymous, Backing::Shared] {
+        let guest = Guest::new(backing, 512);
+        let mut serving = served(&guest, Policy { fault_around: FaultAround::Auto, ..policy() });
+        let _socket = guest.connect(&serving.socket, "vm");
+        guest.touch(100).join();
+        guest.discard(100, 1).join();
+        let session = serving.session("vm");
+        until("the discard", || session.stats().snapshot().counters.removed_pages == 1);
+        for page in 0..512 {
+            let expected = if page == 100 { 0 } else { word((page * PAGE) as u64, 0) };
+            assert_eq!(guest.touch(page).join(), expected, "page {page}, {backing}");
+        }
     }
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use latepage::attachment::Backing;
 use latepage::pager::{Config, Following, What};
-use latepage::session::{Policy, Population};
+use latepage::session::{FaultAround, Policy, Population};
 use latepage::source::queue::{Contents, RequestQueue, Terms};
 use latepage::stats::Reason;
 use vmm::child::Vmm;
@@ -77,7 +77,7 @@ fn a_source_that_panics_fails_its_page_and_no_thread() {
         // On the worker, or on the only reader.
         let source = if cold { source.cold(0..64) } else { source };
         source.thaw.open();
-        let policy = Policy { fault_around: 0, ..Policy::default() };
+        let policy = Policy { fault_around: FaultAround::NONE, ..Policy::default() };
         let mut serving = Serving::with(one_of_each(), Arc::new(source), policy);
         vm.tell(&format!("connect {} vm", serving.socket.display()));
         vm.say("touch 7");
@@ -131,7 +131,8 @@ fn a_program_is_told_what_is_touched_and_says_what_is_next() {
     let serving = Serving::new(Arc::clone(&source) as _, policy());
     let following = Following::new();
     let socket = serving.directory.file("followed");
-    let policy = Policy { trace: 1024, fault_around: 0, population: Population::None, ..policy() };
+    let policy =
+        Policy { trace: 1024, fault_around: FaultAround::NONE, population: Population::None, ..policy() };
     serving.pager.listen_and_follow(&socket, source, policy, Arc::clone(&following)).unwrap();
     let _socket = guest.connect(&socket, "vm");
     let first = following.next().unwrap();

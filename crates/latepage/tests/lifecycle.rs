@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use latepage::attachment::Backing;
 use latepage::pager::{Config, Pager, What};
-use latepage::session::{OnMissing, Policy, Population};
+use latepage::session::{FaultAround, OnMissing, Policy, Population};
 use vmm::child::{Holdings, Vmm, alone};
 use vmm::guest::Guest;
 use vmm::serving::{Serving, policy, populating};
@@ -139,7 +139,8 @@ fn a_closed_pager_leaves_nothing_behind() {
 fn closing_treats_vms_that_lack_memory_as_the_policy_says_and_names_them() {
     need_userfaultfd!();
     for (on_missing, signal) in [(OnMissing::Kill, SIGKILL), (OnMissing::Poison, SIGBUS)] {
-        let mut serving = Serving::new(snapshot(64), Policy { on_missing, fault_around: 0, ..killing() });
+        let mut serving =
+            Serving::new(snapshot(64), Policy { on_missing, fault_around: FaultAround::NONE, ..killing() });
         let (mut lacking, mut full) = (Vmm::start(), Vmm::start());
         for (vm, name) in [(&mut lacking, "lacking"), (&mut full, "full")] {
             vm.tell("guest anonymous 64");
@@ -247,8 +248,10 @@ fn closing_names_a_full_vm_that_cannot_be_let_go() {
 fn a_full_vm_is_let_go_at_once_where_the_policy_says_so() {
     need_userfaultfd!();
     let guest = Guest::new(Backing::Anonymous, 100);
-    let mut serving =
-        Serving::new(snapshot(100), Policy { detach_when_full: true, fault_around: 0, ..policy() });
+    let mut serving = Serving::new(
+        snapshot(100),
+        Policy { detach_when_full: true, fault_around: FaultAround::NONE, ..policy() },
+    );
     let _socket = guest.connect(&serving.socket, "vm");
     // The last page comes by a fault, not by population.
     assert_eq!(guest.verify(1, |offset| word(offset, 0)).join(), [0; 0]);
@@ -330,7 +333,7 @@ fn a_vm_that_comes_as_the_pager_drains_is_served_or_refused_and_never_lost() {
 #[test]
 fn waiting_for_memory_ends_when_the_vm_does() {
     need_userfaultfd!();
-    let mut serving = Serving::new(snapshot(64), Policy { fault_around: 0, ..killing() });
+    let mut serving = Serving::new(snapshot(64), Policy { fault_around: FaultAround::NONE, ..killing() });
     let mut vm = Vmm::start();
     vm.tell("guest anonymous 64");
     vm.tell(&format!("connect {} vm", serving.socket.display()));
@@ -347,7 +350,7 @@ fn waiting_for_memory_ends_when_the_vm_does() {
 #[test]
 fn a_vm_whose_socket_is_closed_is_served_as_long_as_it_lives() {
     need_userfaultfd!();
-    let mut serving = Serving::new(snapshot(64), Policy { fault_around: 0, ..killing() });
+    let mut serving = Serving::new(snapshot(64), Policy { fault_around: FaultAround::NONE, ..killing() });
     let mut vm = Vmm::start();
     vm.tell("guest anonymous 64");
     vm.tell(&format!("connect {} vm firecracker", serving.socket.display()));

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use latepage::attachment::Backing;
 use latepage::pager::{Config, What};
-use latepage::session::{OnMissing, Policy, Population};
+use latepage::session::{FaultAround, OnMissing, Policy, Population};
 use vmm::child::Vmm;
 use vmm::guest::Guest;
 use vmm::serving::{Serving, policy, populating};
@@ -102,8 +102,10 @@ fn a_zero_page_moves_no_bytes() {
     need_userfaultfd!();
     // Page 4 is a hole, page 3 is zero in words: neither is copied.
     let guest = Guest::new(Backing::Anonymous, 8);
-    let mut serving =
-        Serving::new(Arc::new(Snapshot::new(guest.layout.end())), Policy { fault_around: 0, ..policy() });
+    let mut serving = Serving::new(
+        Arc::new(Snapshot::new(guest.layout.end())),
+        Policy { fault_around: FaultAround::NONE, ..policy() },
+    );
     let _socket = guest.connect(&serving.socket, "vm");
     for page in [3, 4] {
         assert_eq!(guest.read(page).join(), vec![0; PAGE]);
@@ -124,8 +126,10 @@ fn an_error_on_a_page_that_is_asked_for_kills_the_vm() {
         // Found out at once, or by an I/O thread.
         let source = Arc::new(if cold { source.cold([6]) } else { source });
         source.thaw.open();
-        let mut serving =
-            Serving::new(Arc::clone(&source) as _, Policy { fault_around: 0, ..Policy::default() });
+        let mut serving = Serving::new(
+            Arc::clone(&source) as _,
+            Policy { fault_around: FaultAround::NONE, ..Policy::default() },
+        );
         vm.tell(&format!("connect {} vm", serving.socket.display()));
         assert_eq!(vm.tell("touch 6"), word(6 * PAGE as u64, 0).to_string());
         vm.say("touch 7");
@@ -141,7 +145,8 @@ fn a_poisoned_page_is_never_a_zero_page() {
     need_userfaultfd!();
     let mut vm = Vmm::start();
     vm.tell("guest anonymous 64");
-    let poison = Policy { on_missing: OnMissing::Poison, fault_around: 0, ..Policy::default() };
+    let poison =
+        Policy { on_missing: OnMissing::Poison, fault_around: FaultAround::NONE, ..Policy::default() };
     let mut serving = Serving::new(Arc::new(Snapshot::new(64 * PAGE as u64).broken([7])), poison);
     vm.tell(&format!("connect {} vm", serving.socket.display()));
     assert_eq!(vm.tell("touch 6"), word(6 * PAGE as u64, 0).to_string());
@@ -158,7 +163,8 @@ fn an_error_that_only_population_meets_kills_nobody() {
     need_userfaultfd!();
     let mut vm = Vmm::start();
     vm.tell("guest anonymous 64");
-    let killing = Policy { population: Population::Background, fault_around: 0, ..Policy::default() };
+    let killing =
+        Policy { population: Population::Background, fault_around: FaultAround::NONE, ..Policy::default() };
     let mut serving = Serving::new(Arc::new(Snapshot::new(64 * PAGE as u64).broken([0])), killing);
     vm.tell(&format!("connect {} vm", serving.socket.display()));
     serving.wait("population-stopped", |what| matches!(what, What::PopulationStopped { .. }));
@@ -188,7 +194,7 @@ fn a_vm_with_a_page_that_failed_and_could_not_be_killed_is_not_let_go() {
     let guest = Guest::new(Backing::Anonymous, 64);
     let source = Arc::new(Snapshot::new(guest.layout.end()).broken([7]));
     // A VM in the pager's own process is not killed.
-    let policy = Policy { detach_when_full: true, fault_around: 0, ..Policy::default() };
+    let policy = Policy { detach_when_full: true, fault_around: FaultAround::NONE, ..Policy::default() };
     let mut serving = Serving::new(source, policy);
     let _socket = guest.connect(&serving.socket, "vm");
     let waiter = guest.touch(7);

@@ -17,7 +17,7 @@ from latepage.cli.output import say
 from latepage.cli.rights import lacking
 from latepage.cli.serve import as_flags_say, run
 from latepage.cli.signals import Signals
-from latepage.cli.sizes import Owner, Size
+from latepage.cli.sizes import FaultAround, Owner
 from latepage.cli.status import StatusAddress, telling
 from latepage.errors import PolicyError
 from latepage.events import Ended, Event, Failed
@@ -70,7 +70,7 @@ def restore(
     timeout: float = 30.0,
     populate: Populate = "none",
     on_missing: OnMissing = "kill",
-    fault_around: Size = 64 << 10,
+    fault_around: FaultAround = "auto",
     stall_warning: float = 5.0,
     detach_when_full: Flag = False,
     metrics: StatusAddress = None,
@@ -104,7 +104,8 @@ def restore(
         timeout: seconds that each step may take.
         populate: bring what is touched only (none), or all the rest as well while no fault waits (background).
         on_missing: what happens to a VM whose page cannot be had: kill it, or poison the page. Use kill with Firecracker.
-        fault_around: how much to bring in one go where a page is touched; 4KiB brings that page only.
+        fault_around: how much to bring in one go where a page is touched: auto goes by what was touched before; 64KiB is a
+            fixed window; 4KiB brings that page only.
         stall_warning: report a fault that has waited for so many seconds.
         detach_when_full: let go of each VM as soon as it has all of its memory; with the last, the command ends.
         metrics: tell how it goes over HTTP, at HOST:PORT, :PORT, or a Unix socket's path, as `latepage serve` does.

@@ -13,7 +13,7 @@ from cyclopts import App, Parameter
 from latepage.cli.output import say
 from latepage.cli.rights import lacking
 from latepage.cli.signals import Signals
-from latepage.cli.sizes import Mode, Owner, Size
+from latepage.cli.sizes import FaultAround, Mode, Owner
 from latepage.cli.status import StatusAddress, telling
 from latepage.errors import ListenError, PolicyError
 from latepage.events import Drained, Event
@@ -45,7 +45,7 @@ def serve(
     *,
     populate: Populate = "none",
     on_missing: OnMissing = "kill",
-    fault_around: Size = 64 << 10,
+    fault_around: FaultAround = "auto",
     mode: Mode = 0o660,
     owner: Owner = None,
     allow_uid: Annotated[tuple[int, ...], Parameter(negative=(), consume_multiple=False, show_default=False)] = (),
@@ -65,7 +65,8 @@ def serve(
         populate: bring what is touched only (none), or all the rest as well while no fault waits (background).
         on_missing: what happens to a VM whose page cannot be had: kill it, or poison the page. Poison is safe only for
             VMMs that are known to turn it into a machine check or their own death.
-        fault_around: how much to bring in one go where a page is touched; 4KiB brings that page only.
+        fault_around: how much to bring in one go where a page is touched: auto goes by what was touched before; 64KiB is a
+            fixed window; 4KiB brings that page only.
         mode: permissions of the socket.
         owner: give the socket to this user and group, as UID:GID; takes root.
         allow_uid: serve this user's VMs only; may be given several times.

@@ -5,10 +5,11 @@ from typing import Annotated
 
 from cyclopts import Parameter, Token
 
+from latepage import policy
 from latepage.memory import format_size, parse_size
 from latepage.reach import Owner as UserAndGroup
 
-__all__ = ["Mode", "Owner", "Size"]
+__all__ = ["FaultAround", "Mode", "Owner", "Size"]
 
 
 def _size(_type: object, tokens: Sequence[Token]) -> int:
@@ -26,12 +27,19 @@ def _owner(_type: object, tokens: Sequence[Token]) -> UserAndGroup:
     return UserAndGroup.parse(tokens[0].value)
 
 
+def _around(_type: object, tokens: Sequence[Token]) -> int | str:
+    return "auto" if tokens[0].value == "auto" else parse_size(tokens[0].value)
+
+
 def _shown(size: int | None) -> str:
     return "None" if size is None else format_size(size).replace(" ", "")
 
 
 Size = Annotated[int, Parameter(converter=_size, show_default=_shown)]
 """Bytes, written like 64KiB."""
+
+FaultAround = Annotated[policy.FaultAround, Parameter(converter=_around, n_tokens=1, accepts_keys=False)]
+"""Bytes, written like 64KiB, or `auto`."""
 
 Mode = Annotated[int, Parameter(converter=_mode, show_default=lambda mode: f"{mode:04o}")]
 """Permissions of a file, in octal."""

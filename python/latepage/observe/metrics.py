@@ -37,6 +37,10 @@ COUNTERS = {
     "later": ("deferred_faults", "Faults that the source could not answer at once and that went to an I/O thread."),
     "source_pages": ("demand_pages", "Pages installed with contents from the source because a fault asked for them."),
     "beside_pages": ("fault_around_pages", "Pages brought in beside a faulting one."),
+    "beside_touched": (
+        "fault_around_touched_pages",
+        "Of those, the pages that the guest is known to have touched afterwards.",
+    ),
     "populated_pages": ("population_pages", "Pages brought in by population, before anyone asked."),
     "zero_pages": ("zero_pages", "Pages installed as zero, whoever asked for them."),
     "removed_pages": ("removed_pages", "Pages that VMMs discarded."),
@@ -69,6 +73,10 @@ EVENTS = {
 VM_COUNTERS = {
     "faults": ("vm_faults", "Faults of this VM that the kernel delivered."),
     "bytes_installed": ("vm_installed_bytes", "Bytes of this VM's memory installed."),
+    "beside_touched": (
+        "fault_around_touched_pages",
+        "Of those, the pages that the guest is known to have touched afterwards.",
+    ),
     "populated_pages": ("vm_population_pages", "Pages of this VM brought in by population."),
     "failures": ("vm_failed_pages", "Pages of this VM that could not be had."),
     "stalls": ("vm_stalled_faults", "Faults of this VM that grew older than the stall limit."),

@@ -7,6 +7,7 @@ use rustix::io::Errno;
 
 use super::{Install, Outcome, Stop};
 use crate::memory::{Layout, PageSize};
+use crate::sys::mapping::Window;
 use crate::sys::uffd::{InstallMode, OwnersMemory, Userfaultfd};
 
 /// As long as the longest page.
@@ -30,6 +31,12 @@ impl Install for CopyInstall {
         let copied =
             Outcome::new(self.uffd.copy(place.hva, contents, InstallMode::empty()), place.page_size.bytes());
         absent(copied, place.page_size)
+    }
+
+    fn fill_window(&self, layout: &Layout, first: u32, contents: Window<'_>) -> Outcome {
+        let place = layout.place(first);
+        let copied = self.uffd.copy_window(place.hva, contents, InstallMode::empty());
+        absent(Outcome::new(copied, place.page_size.bytes()), place.page_size)
     }
 
     fn fill_exposes(&self) -> bool {

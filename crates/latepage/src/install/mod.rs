@@ -13,6 +13,7 @@ use std::ops::Range;
 use rustix::io::Errno;
 
 use crate::memory::Layout;
+use crate::sys::mapping::Window;
 use crate::sys::uffd::Installed;
 
 pub use copy::CopyInstall;
@@ -32,7 +33,8 @@ pub enum Stop {
     Unmapped,
     /// ESRCH: the process is gone.
     Gone,
-    /// EFAULT of CONTINUE: the page is not in the file, so there is nothing to expose.
+    /// EFAULT. Of CONTINUE: the page is not in the file, so there is nothing to expose. Of a fill from a window: it shows nothing
+    /// there (any more).
     Hole,
     /// Anything else.
     Failed(Errno),
@@ -71,6 +73,10 @@ impl Outcome {
 pub trait Install: Send {
     /// Puts `contents`, whole pages from page `first` on, where they belong.
     fn fill(&self, layout: &Layout, first: u32, contents: &[u8]) -> Outcome;
+
+    /// As [`fill`](Self::fill), with what a source's window shows: the kernel copies it, and nobody reads it first. Where the
+    /// window shows nothing, it stops with [`Stop::Hole`].
+    fn fill_window(&self, layout: &Layout, first: u32, contents: Window<'_>) -> Outcome;
 
     /// Whether [`fill`](Self::fill) exposes too.
     fn fill_exposes(&self) -> bool;

@@ -4,7 +4,7 @@ use std::any::Any;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use crate::source::{Answer, SourceError};
+use crate::source::{Answer, AtHand, Source, SourceError};
 
 /// What a source answers when `ask` asks it, if a source may answer that: whole pages, one at least, no more than were asked for.
 ///
@@ -33,6 +33,23 @@ pub(super) fn checked<'a>(
         ));
     }
     Ok(answer)
+}
+
+/// What a source has in its windows, if a source may answer that; anything else counts as nothing, and it is asked.
+pub(super) fn at_hand(source: &dyn Source, offset: u64, length: usize, unit: usize) -> Option<AtHand<'_>> {
+    let found = catch_unwind(AssertUnwindSafe(|| source.at_hand(offset, length, unit))).ok()??;
+    let covered = match found {
+        AtHand::Contents(window) => window.len() as u64,
+        AtHand::Zero(bytes) => bytes,
+    };
+    (covered > 0 && covered <= length as u64 && covered.is_multiple_of(unit as u64)).then_some(found)
+}
+
+/// Whether what was copied from a source's windows can be believed; a source that panics does not say so.
+pub(super) fn vouched(source: &dyn Source) -> Result<(), String> {
+    catch_unwind(AssertUnwindSafe(|| source.vouch()))
+        .unwrap_or_else(|panic| Err(SourceError::Panicked { message: message_of(&*panic) }))
+        .map_err(|error| error.to_string())
 }
 
 fn message_of(panic: &(dyn Any + Send)) -> String {

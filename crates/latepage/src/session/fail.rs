@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 
+use super::place::Demand;
 use super::policy::OnMissing;
 use super::report::{Action, Report};
 use super::{Core, Scratch, Session};
@@ -41,6 +42,20 @@ impl Session {
         }
         let waited = since.elapsed().as_nanos() as u64;
         self.stats.by_class.record(PageClass::Unknown, FaultResult::Failed, waited);
+        self.host.report(self, Report::Failed { hva, page: Some(page), reason: reason.to_owned(), action });
+    }
+
+    /// Pages of `run` were copied from the source, and the source cannot say any more that they were what they should be. Some
+    /// are in the guest, where poison does not reach: the VM is killed, whatever its policy says.
+    pub(super) fn distrust(&self, core: &mut Core, run: Range<u32>, demand: Demand, reason: &str) {
+        self.stats.counters.failures.add(1);
+        let (page, since) =
+            demand.map_or_else(|| (run.start, Instant::now()), |(page, wait)| (page, wait.since));
+        let action = self.kill();
+        let hva = self.layout.place(page).hva;
+        if action.holds() && !core.waiting.stuck(hva, since) {
+            return;
+        }
         self.host.report(self, Report::Failed { hva, page: Some(page), reason: reason.to_owned(), action });
     }
 

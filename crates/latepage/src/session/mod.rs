@@ -4,6 +4,8 @@
 //! source, installs, settles and releases. Everything that touches the guest happens inside the session's gate (see `gate.rs`).
 
 mod answer;
+mod around;
+mod batch;
 mod end;
 mod fail;
 mod gate;
@@ -32,10 +34,12 @@ use crate::stats::Stats;
 use crate::sys::mapping::MapError;
 use crate::sys::pidfd::PidFd;
 use crate::sys::uffd::Userfaultfd;
+use around::Around;
+use batch::Fresh;
 use gate::Gate;
 use waiting::WaitingRoom;
 
-pub use policy::{OnMissing, Policy, Population};
+pub use policy::{FaultAround, OnMissing, Policy, Population};
 pub use populate::Sliced;
 pub use report::{Action, End, Host, LetGo, Report};
 pub use serve::Served;
@@ -73,6 +77,8 @@ struct Core {
     delivery: Box<dyn Delivery>,
     install: Box<dyn Install>,
     waiting: WaitingRoom,
+    around: Around,
+    fresh: Fresh,
     /// Descriptors over the memory of a VMM's children: closing them would give the children zero pages.
     forked: Vec<OwnedFd>,
     /// Held for as long as the session: a VMM may take its closing as a sign, and its own closing is one for us.
@@ -173,6 +179,8 @@ impl Session {
                 delivery: Box::new(UffdDelivery::new(uffd)),
                 install,
                 waiting: WaitingRoom::new(vcpus as usize + 8),
+                around: Around::new(),
+                fresh: Fresh::new(Scratch::MESSAGES),
                 forked: Vec::new(),
                 socket: peer.socket,
             })),

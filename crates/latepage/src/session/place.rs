@@ -6,13 +6,15 @@ use std::ops::Range;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
+use super::answer::vouched;
 use super::report::{End, Report};
 use super::steps::Steps;
 use super::{Core, Session};
-use crate::install::{Outcome, Stop, ZEROS};
-use crate::memory::PageState;
+use crate::install::{Install, Outcome, Stop, ZEROS};
+use crate::memory::{Layout, PageState};
 use crate::source::Answer;
 use crate::stats::{FaultResult, PageClass, Reason};
+use crate::sys::mapping::Window;
 
 /// Someone's wait for a page.
 #[derive(Clone, Copy, Debug)]
@@ -25,6 +27,24 @@ pub(super) struct Wait {
 
 /// The page that someone waits for, and his wait. `None` where pages are brought unasked.
 pub(super) type Demand = Option<(u32, Wait)>;
+
+/// What pages are filled with.
+#[derive(Clone, Copy)]
+enum Contents<'a> {
+    /// Bytes that were read.
+    Bytes(&'a [u8]),
+    /// What only the kernel reads.
+    Window(Window<'a>),
+}
+
+impl Contents<'_> {
+    fn fill(self, install: &dyn Install, layout: &Layout, first: u32, part: Range<usize>) -> Outcome {
+        match self {
+            Self::Bytes(bytes) => install.fill(layout, first, &bytes[part]),
+            Self::Window(window) => install.fill_window(layout, first, window.part(part)),
+        }
+    }
+}
 
 impl Session {
     /// Installs a run of claimed pages with what the source answered: zero pages as zero, the rest as they are.
@@ -53,7 +73,7 @@ impl Session {
                 self.put_zero(core, at..end, demand)
             } else {
                 let contents = &bytes[(at - run.start) as usize * unit..(end - run.start) as usize * unit];
-                self.put_bytes(core, at..end, contents, demand)
+                self.put_contents(core, at..end, Contents::Bytes(contents), demand)
             };
             if stopped.is_some() {
                 self.abandon(end..run.end);
@@ -64,25 +84,61 @@ impl Session {
         None
     }
 
-    fn put_bytes(&self, core: &mut Core, run: Range<u32>, contents: &[u8], demand: Demand) -> Option<Stop> {
-        let unit = self.unit(run.start);
-        if !core.install.fill_exposes() {
-            core.install.fill(&self.layout, run.start, contents);
-            // Filled is stored after the contents and before anything is exposed.
-            for page in run.clone() {
-                self.pages.filled(page);
-            }
-            self.paid(u64::from(run.end - run.start));
-            self.account(run.clone(), false, demand);
-            return self.expose(core, run, demand, PageClass::Source);
+    /// Installs a run of claimed pages straight from a source's window, and has the source vouch for what was copied.
+    /// Returns what stopped it, if something did; what had not come by then is nobody's again.
+    ///
+    /// After [`Stop::Hole`] the window shows nothing (any more) at the first page that has not come: nothing is parked then, and
+    /// the caller has the source read it.
+    pub(super) fn put_window(
+        &self,
+        core: &mut Core,
+        run: Range<u32>,
+        contents: Window<'_>,
+        demand: Demand,
+    ) -> Option<Stop> {
+        let stopped = self.put_contents(core, run.clone(), Contents::Window(contents), demand);
+        if let Err(reason) = vouched(&*self.source) {
+            self.distrust(core, run, demand, &reason);
         }
+        stopped
+    }
+
+    fn put_contents(
+        &self,
+        core: &mut Core,
+        run: Range<u32>,
+        contents: Contents<'_>,
+        demand: Demand,
+    ) -> Option<Stop> {
+        let unit = self.unit(run.start);
         let mut steps = Steps::new(run.clone());
+        let exposes = core.install.fill_exposes();
         while let Some(step) = steps.next() {
             let from = (step.start - run.start) as usize * unit;
             let to = (step.end - run.start) as usize * unit;
-            let outcome = core.install.fill(&self.layout, step.start, &contents[from..to]);
-            core.waiting.starved &= outcome.pages == 0;
-            self.settle(step.start..step.start + outcome.pages, false, demand);
+            let outcome = contents.fill(&*core.install, &self.layout, step.start, from..to);
+            let done = step.start..step.start + outcome.pages;
+            if exposes {
+                core.waiting.starved &= outcome.pages == 0;
+                self.settle(core, done, false, demand);
+            } else if !done.is_empty() {
+                // Filled is stored after the contents and before anything is exposed.
+                for page in done.clone() {
+                    self.pages.filled(page);
+                }
+                self.paid(u64::from(outcome.pages));
+                self.account(done.clone(), false, demand, Instant::now());
+                let stopped = self.expose(core, done.clone(), demand, PageClass::Source);
+                if stopped.is_some() {
+                    self.abandon(done.end..run.end);
+                    return stopped;
+                }
+            }
+            if outcome.stopped == Some(Stop::Hole) && matches!(contents, Contents::Window(_)) {
+                steps.after(outcome);
+                self.abandon(steps.left());
+                return Some(Stop::Hole);
+            }
             let stopped = self.go_on(core, &mut steps, outcome, demand);
             if stopped.is_some() {
                 return stopped;
@@ -98,12 +154,13 @@ impl Session {
             let by_hand = !core.install.fill_exposes();
             let outcome = core.install.zero(&self.layout, step.clone());
             core.waiting.starved &= outcome.pages == 0;
-            self.settle(step.start..step.start + outcome.pages, true, demand);
+            self.settle(core, step.start..step.start + outcome.pages, true, demand);
             if by_hand && outcome.stopped == Some(Stop::AlreadyThere) {
                 // The file has a page there that is not ours, or may have: it may hold anything.
                 steps.after(outcome);
                 let page = steps.skip();
-                let stopped = self.put_bytes(core, page..page + 1, &ZEROS[..unit], demand);
+                let stopped =
+                    self.put_contents(core, page..page + 1, Contents::Bytes(&ZEROS[..unit]), demand);
                 if stopped.is_some() {
                     self.abandon(steps.left());
                     return stopped;
@@ -135,14 +192,14 @@ impl Session {
     }
 
     /// Someone was first. The page is there, and whoever waits for it has perhaps not been told.
-    fn already_there(&self, core: &Core, page: u32, demand: Demand) {
+    fn already_there(&self, core: &mut Core, page: u32, demand: Demand) {
         self.stats.counters.already_there.add(1);
         if self.pages.state(page) == PageState::InFlight {
             self.paid(1);
         }
         self.pages.settle(page);
         core.delivery.release(&self.layout, page..page + 1);
-        self.released(&(page..page + 1), demand, PageClass::Resident);
+        self.released(core, &(page..page + 1), demand, PageClass::Resident);
     }
 
     /// An install stopped for a reason that is not about one page. The pages of `run` are nobody's now.
@@ -169,7 +226,7 @@ impl Session {
                 self.removed(run.start..run.start + 1, Instant::now());
                 core.delivery.release(&self.layout, run.start..run.start + 1);
                 let gone = demand.map(|(page, wait)| (page, Wait { result: FaultResult::Discarded, ..wait }));
-                self.released(&(run.start..run.start + 1), gone, PageClass::Unknown);
+                self.released(core, &(run.start..run.start + 1), gone, PageClass::Unknown);
             }
             // Unasked: it can be brought another time.
             (Stop::Busy | Stop::Hole | Stop::AlreadyThere | Stop::Failed(_), None) => {}
@@ -189,7 +246,7 @@ impl Session {
                 self.stats.counters.bytes_installed.add(self.unit(page) as u64);
                 self.stats.trace.record(page..page + 1, Reason::Cleared, self.now_ns(Instant::now()));
                 self.cleared(page);
-                self.released(&(page..page + 1), Some((page, wait)), PageClass::Zero);
+                self.released(core, &(page..page + 1), Some((page, wait)), PageClass::Zero);
             }
             Some(Stop::AlreadyThere) => {
                 // Its file holds something, or the guest has a page: that is what it reads from now on.
@@ -218,7 +275,7 @@ impl Session {
             self.expose(core, page..page + 1, Some((page, wait)), PageClass::Resident);
         } else {
             core.delivery.release(&self.layout, page..page + 1);
-            self.released(&(page..page + 1), Some((page, wait)), PageClass::Resident);
+            self.released(core, &(page..page + 1), Some((page, wait)), PageClass::Resident);
         }
     }
 
@@ -247,22 +304,33 @@ impl Session {
                 }
             }
         }
-        self.released(&run, demand, class);
+        self.released(core, &run, demand, class);
         None
     }
 
-    /// The one who asked goes on: his wait is over.
-    fn released(&self, run: &Range<u32>, demand: Demand, class: PageClass) {
+    /// Whoever asked for one of these pages goes on: his wait is over.
+    fn released(&self, core: &mut Core, run: &Range<u32>, demand: Demand, class: PageClass) {
+        self.released_at(core, run, demand, class, Instant::now());
+    }
+
+    fn released_at(&self, core: &mut Core, run: &Range<u32>, demand: Demand, class: PageClass, now: Instant) {
+        core.fresh.add(run, class, now);
         if let Some((page, wait)) = demand
             && run.contains(&page)
         {
-            let result = if class == PageClass::Resident { FaultResult::Present } else { wait.result };
-            self.stats.released(class, result, wait.since.elapsed().as_nanos() as u64);
+            self.waited(wait, class, now);
         }
     }
 
+    /// A wait is over.
+    pub(super) fn waited(&self, wait: Wait, class: PageClass, now: Instant) {
+        let result = if class == PageClass::Resident { FaultResult::Present } else { wait.result };
+        let ns = now.saturating_duration_since(wait.since).as_nanos() as u64;
+        self.stats.released(class, result, ns);
+    }
+
     /// Pages that were installed and exposed in one step.
-    fn settle(&self, run: Range<u32>, zero: bool, demand: Demand) {
+    fn settle(&self, core: &mut Core, run: Range<u32>, zero: bool, demand: Demand) {
         if run.is_empty() {
             return;
         }
@@ -270,39 +338,43 @@ impl Session {
             self.pages.settle(page);
         }
         self.paid(u64::from(run.end - run.start));
-        self.account(run.clone(), zero, demand);
+        // Looked at once: a clock costs as much as all the counting.
+        let now = Instant::now();
+        self.account(run.clone(), zero, demand, now);
         let class = if zero { PageClass::Zero } else { PageClass::Source };
-        self.released(&run, demand, class);
+        self.released_at(core, &run, demand, class, now);
     }
 
     /// Counts pages that have come, and traces them.
-    fn account(&self, run: Range<u32>, zero: bool, demand: Demand) {
+    fn account(&self, run: Range<u32>, zero: bool, demand: Demand, now: Instant) {
         let counters = &self.stats.counters;
         let pages = u64::from(run.end - run.start);
         counters.bytes_installed.add(pages * self.unit(run.start) as u64);
         if zero {
             counters.zero_pages.add(pages);
         }
-        let now = self.now_ns(Instant::now());
-        let demanded = demand.is_some_and(|(page, _)| run.contains(&page));
-        match demand {
-            Some(_) => {
-                counters.beside_pages.add(pages - u64::from(demanded));
-                if demanded && !zero {
-                    counters.source_pages.add(1);
-                }
-            }
-            None => counters.populated_pages.add(pages),
-        }
+        let now = self.now_ns(now);
         let trace = &self.stats.trace;
         match demand {
-            None => trace.record(run, Reason::Population, now),
-            Some((wanted, _)) if demanded => {
+            None => {
+                counters.populated_pages.add(pages);
+                trace.record(run, Reason::Population, now);
+            }
+            Some((wanted, _)) if run.contains(&wanted) => {
+                if pages > 1 {
+                    counters.beside_pages.add(pages - 1);
+                }
+                if !zero {
+                    counters.source_pages.add(1);
+                }
                 trace.record(run.start..wanted, Reason::Beside, now);
                 trace.record(wanted..wanted + 1, Reason::Demand, now);
                 trace.record(wanted + 1..run.end, Reason::Beside, now);
             }
-            Some(_) => trace.record(run, Reason::Beside, now),
+            Some(_) => {
+                counters.beside_pages.add(pages);
+                trace.record(run, Reason::Beside, now);
+            }
         }
     }
 

@@ -21,13 +21,43 @@ pub enum OnMissing {
     Poison,
 }
 
+/// How much comes with a page that is touched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FaultAround {
+    /// What the touches before it promise: the page alone where they are scattered, up to 2 MiB where they follow one another.
+    Auto,
+    /// The absent pages that follow it in an aligned window of so many bytes; at least the page.
+    Window(u64),
+}
+
+impl FaultAround {
+    /// The page alone.
+    pub const NONE: Self = Self::Window(0);
+
+    /// Bytes of the aligned stretch within which a touch may bring others along.
+    pub const fn reach(self) -> u64 {
+        match self {
+            Self::Auto => super::around::LONGEST,
+            Self::Window(bytes) => bytes,
+        }
+    }
+
+    /// Bytes of the aligned window that is read where a page has to be waited for.
+    pub(super) const fn window(self) -> u64 {
+        match self {
+            Self::Auto => super::around::PIECE,
+            Self::Window(bytes) => bytes,
+        }
+    }
+}
+
 /// What a user may choose for a VM: one frozen value.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Policy {
     /// Whether pages are brought before anyone asks.
     pub population: Population,
-    /// Bytes of an aligned window: absent pages of it that follow a faulting page come with it. At least that page comes.
-    pub fault_around: u64,
+    /// How much comes with a page that is touched.
+    pub fault_around: FaultAround,
     /// What happens to a VM whose page cannot be had.
     pub on_missing: OnMissing,
     /// A fault that is older is reported.
@@ -50,7 +80,7 @@ impl Default for Policy {
     fn default() -> Self {
         Self {
             population: Population::None,
-            fault_around: 64 << 10,
+            fault_around: FaultAround::Auto,
             on_missing: OnMissing::Kill,
             stall_warning: Duration::from_secs(5),
             handshake_timeout: Duration::from_secs(5),

@@ -3,14 +3,33 @@
 //! All of it happens inside the gate. A page that was claimed here is settled, abandoned, failed, or out with a ticket when
 //! these functions return; none stays in flight for nobody.
 
-use super::answer::checked;
-use super::place::Wait;
+use super::answer::{at_hand, checked};
+use super::around::{LONGEST, PIECE, Plan};
+use super::place::{Demand, Wait};
+use super::policy::FaultAround;
 use super::{Core, Scratch, Session};
 use crate::delivery::{Fault, FaultFlags};
-use crate::memory::PageState;
-use crate::source::Answer;
+use crate::install::Stop;
+use crate::memory::{PageState, Place};
+use crate::source::{Answer, AtHand};
 use crate::stats::FaultResult;
+use std::ops::Range;
 use std::sync::Arc;
+
+/// A page that no session has: what comes beside a fault that was served before comes for it.
+const NOBODYS: u32 = u32::MAX;
+
+/// How the bringing of a run ended.
+enum Ending {
+    /// All of it came.
+    Whole,
+    /// The source would have to wait.
+    Later,
+    /// The source cannot supply it.
+    Failed(String),
+    /// The kernel would not install it, which has been seen to.
+    Stopped,
+}
 
 impl Session {
     /// Bytes of each page of the region that `page` is in.
@@ -18,46 +37,63 @@ impl Session {
         self.layout.place(page).page_size.bytes() as usize
     }
 
-    /// Brings a page that we have claimed, and the absent ones that follow it in its window.
-    pub(super) fn supply(self: &Arc<Self>, core: &mut Core, bytes: &mut [u8], page: u32, wait: Wait) {
+    /// Brings a page that we have claimed, and with it absent ones behind it: what the policy allows, and at least the `also`
+    /// pages that others of the same batch wait for.
+    pub(super) fn supply(
+        self: &Arc<Self>,
+        core: &mut Core,
+        bytes: &mut [u8],
+        fault: Fault,
+        also: u32,
+        wait: Wait,
+    ) {
+        let page = fault.page;
         let place = self.layout.place(page);
-        let unit = place.page_size.bytes() as usize;
-        let end = self.claim_beside(page);
-        let mut at = page;
-        while at < end {
-            let offset = place.offset + u64::from(at - page) * unit as u64;
-            let length = ((end - at) as usize * unit).min(bytes.len());
-            match checked(|| self.source.ask(offset, length, unit, bytes), length, unit, true) {
-                Ok(answer) if answer != Answer::Later => {
-                    let run = at..at + answer.pages(unit);
-                    at = run.end;
-                    if self.put(core, run, answer, Some((page, wait))).is_some() {
-                        return self.abandon(at..end);
-                    }
-                }
-                Ok(_) if at == page => {
-                    self.stats.counters.later.add(1);
-                    core.waiting.ticket(page, wait.since);
-                    self.host.read_later(self, page);
-                    return self.abandon(page + 1..end);
-                }
-                Err(error) if at == page => {
-                    self.abandon(page + 1..end);
-                    return self.fail(core, page, wait.since, &error);
-                }
-                // What was only to come beside can be asked for again.
-                Ok(_) | Err(_) => return self.abandon(at..end),
+        let (plan, limit) = self.plan(core, fault, &place);
+        if plan.walked > 0 {
+            self.stats.counters.beside_touched.add(u64::from(plan.walked));
+        }
+        let end = self.claim_behind(page, plan.now.end.max(page.saturating_add(also + 1)).min(limit));
+        let (came, ending) = self.bring(core, bytes, &place, page..end, Some((page, wait)));
+        core.around.came(&plan, came, (came - page).saturating_sub(1));
+        if came > page {
+            // What was only to come beside can be asked for again.
+            return;
+        }
+        match ending {
+            Ending::Later => {
+                self.stats.counters.later.add(1);
+                core.waiting.ticket(page, wait.since);
+                self.host.read_later(self, page);
             }
+            Ending::Failed(reason) => self.fail(core, page, wait.since, &reason),
+            // Parked, failed or dropped already, as the kernel's answer says.
+            Ending::Stopped | Ending::Whole => {}
         }
     }
 
-    /// Claims the absent pages that follow `page` in its fault-around window, and returns one past the last.
-    fn claim_beside(&self, page: u32) -> u32 {
-        let place = self.layout.place(page);
+    /// What is to come with a fault, and the page that it must not go beyond.
+    fn plan(&self, core: &mut Core, fault: Fault, place: &Place) -> (Plan, u32) {
         let unit = place.page_size.bytes();
-        let window = self.policy.fault_around.max(unit);
-        let left = ((window - place.offset % window) / unit).min(Scratch::BYTES as u64 / unit) as u32;
-        let limit = page.saturating_add(left.max(1)).min(self.layout.region_end(page));
+        let region = self.layout.region_pages(place.region);
+        let before = (place.offset % LONGEST / unit) as u32;
+        let stretch = (fault.page - before.min(fault.page - region.start))
+            ..fault.page.saturating_add(((LONGEST - place.offset % LONGEST) / unit) as u32).min(region.end);
+        let (fixed, limit) = match self.policy.fault_around {
+            FaultAround::Auto => (None, stretch.end),
+            FaultAround::Window(bytes) => {
+                let window = bytes.max(unit);
+                let left =
+                    ((window - place.offset % window) / unit).min(Scratch::BYTES as u64 / unit).max(1) as u32;
+                (Some(left.min(region.end - fault.page)), region.end)
+            }
+        };
+        let absent = |page| self.pages.state(page) == PageState::Absent;
+        (core.around.plan(fault.page, fault.thread, place, stretch, fixed, absent), limit)
+    }
+
+    /// Claims the absent pages that follow `page`, up to the first that is not, and returns one past the last.
+    fn claim_behind(&self, page: u32, limit: u32) -> u32 {
         let mut end = page + 1;
         while end < limit && self.pages.claim_absent(end) {
             end += 1;
@@ -65,11 +101,111 @@ impl Session {
         end
     }
 
+    /// Brings one more piece of a run whose fault has been served. Whether there is more.
+    pub(super) fn bring_ahead(&self, core: &mut Core, bytes: &mut [u8]) -> bool {
+        let pages_of = |page| (PIECE / self.unit(page) as u64) as u32;
+        let Some((stream, piece)) = core.around.next_piece(pages_of) else { return false };
+        // A run ends at the first page that is not absent: going up from the piece's start, going down from its end.
+        let mut run = piece.clone();
+        if core.around.goes_down(stream) {
+            run.start = run.end;
+            while run.start > piece.start && self.pages.claim_absent(run.start - 1) {
+                run.start -= 1;
+            }
+        } else {
+            run.end = run.start;
+            while run.end < piece.end && self.pages.claim_absent(run.end) {
+                run.end += 1;
+            }
+        }
+        let mut came = run.start;
+        if !run.is_empty() {
+            let place = self.layout.place(run.start);
+            // They come beside a fault that has been served.
+            let wait = Wait { since: self.started, result: FaultResult::Installed };
+            came = self.bring(core, bytes, &place, run.clone(), Some((NOBODYS, wait))).0;
+        }
+        core.around.piece_came(stream, &piece, came - run.start, came == run.end && run == piece);
+        core.around.is_pending()
+    }
+
+    /// Brings claimed pages of a run that begins at `place`, from its first on, and returns one past the last that came, and how
+    /// it ended. What did not come is nobody's again, but for the page of a demand that comes late or not at all: that one is the
+    /// caller's still, where nothing came.
+    fn bring(
+        &self,
+        core: &mut Core,
+        bytes: &mut [u8],
+        place: &Place,
+        run: Range<u32>,
+        demand: Demand,
+    ) -> (u32, Ending) {
+        let unit = place.page_size.bytes() as usize;
+        let (mut at, mut end, mut windows) = (run.start, run.end, true);
+        while at < end {
+            let offset = place.offset + u64::from(at - run.start) * unit as u64;
+            let length = (end - at) as usize * unit;
+            let found = if windows { at_hand(&*self.source, offset, length, unit) } else { None };
+            let part;
+            let stopped = match found {
+                Some(AtHand::Contents(window)) => {
+                    part = at..at + (window.len() / unit) as u32;
+                    self.put_window(core, part.clone(), window, demand)
+                }
+                Some(AtHand::Zero(zero)) => {
+                    part = at..at + (zero / unit as u64) as u32;
+                    self.put(core, part.clone(), Answer::Zero(zero), demand)
+                }
+                None => {
+                    let length = length.min(bytes.len());
+                    let (source, into) = (&*self.source, &mut *bytes);
+                    match checked(move || source.ask(offset, length, unit, into), length, unit, true) {
+                        Ok(answer) if answer != Answer::Later => {
+                            part = at..at + answer.pages(unit);
+                            self.put(core, part.clone(), answer, demand)
+                        }
+                        late => {
+                            let kept = demand.is_some_and(|(page, _)| page == at);
+                            self.abandon(at + u32::from(kept)..end);
+                            let ending = late.map_or_else(Ending::Failed, |_| Ending::Later);
+                            return (at, ending);
+                        }
+                    }
+                }
+            };
+            match stopped {
+                None => at = part.end,
+                // The window showed less than it promised. The source reads the rest.
+                Some(Stop::Hole) if matches!(found, Some(AtHand::Contents(_))) => {
+                    windows = false;
+                    at = part.clone().find(|page| self.pages.claim_absent(*page)).unwrap_or(part.end);
+                    if at < part.end {
+                        let claimed = self.claim_behind(at, part.end);
+                        if claimed < part.end {
+                            self.abandon(part.end..end);
+                            end = claimed;
+                        }
+                    }
+                }
+                Some(_) => {
+                    self.abandon(part.end..end);
+                    let came = part.clone().find(|page| !self.is_there(*page)).unwrap_or(part.end);
+                    return (came, Ending::Stopped);
+                }
+            }
+        }
+        (at, Ending::Whole)
+    }
+
+    fn is_there(&self, page: u32) -> bool {
+        matches!(self.pages.state(page), PageState::Filled | PageState::Present)
+    }
+
     /// Installs a read that an I/O thread did for a page that is in flight. Called on that thread.
     pub fn finish_read(self: &Arc<Self>, page: u32, scratch: &mut Scratch) {
         let place = self.layout.place(page);
         let unit = place.page_size.bytes() as usize;
-        let window = self.policy.fault_around.max(unit as u64);
+        let window = self.policy.fault_around.window().max(unit as u64);
         let limit = self.layout.region_end(page) - page;
         let pages =
             (((window - place.offset % window) as usize).min(Scratch::BYTES) / unit).clamp(1, limit as usize);

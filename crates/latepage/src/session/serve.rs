@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::MutexGuard;
 use std::time::{Duration, Instant};
 
+use super::batch::side_by_side;
 use super::place::Wait;
 use super::report::{End, Report};
 use super::{Core, Scratch, Session};
@@ -14,6 +15,9 @@ use crate::stats::{FaultResult, PageClass, Reason};
 
 /// Batches taken from one session before its worker turns to the next.
 const BATCHES: usize = 4;
+
+/// The most pages that come in one run because several faults of a batch lie side by side: the first one waits for all of them.
+const ALSO: u32 = 15;
 
 /// Removed pages after which a turn ends: walking them is work, and a VM may discard all of its memory with every message.
 const REMOVALS: u32 = 4096;
@@ -104,11 +108,19 @@ impl Session {
             for at in 0..scratch.batch.removed.len() {
                 self.removed(scratch.batch.removed[at].clone(), since);
             }
-            for at in 0..scratch.batch.faults.len() {
+            let faults = scratch.batch.faults.len();
+            core.fresh.begin(faults);
+            for at in 0..faults {
                 let fault = scratch.batch.faults[at];
                 self.count(fault);
-                self.fault(core, &mut scratch.bytes, fault, Wait { since, result: FaultResult::Installed });
+                let wait = Wait { since, result: FaultResult::Installed };
+                if at > 0 && self.came_already(core, fault, wait) {
+                    continue;
+                }
+                let also = side_by_side(&scratch.batch.faults[at..], ALSO);
+                self.fault_with(core, &mut scratch.bytes, fault, also, wait);
             }
+            core.fresh.end();
             while let Some(surprise) = scratch.batch.surprises.pop() {
                 self.surprised(core, surprise, since);
             }
@@ -119,8 +131,28 @@ impl Session {
                 break;
             }
         }
+        if core.around.is_pending() {
+            more |= self.bring_ahead(core, &mut scratch.bytes);
+        }
         self.retry(core, scratch);
         Served { more, due: core.waiting.due() }
+    }
+
+    /// Whether a fault of a batch is over, since its page came with another one of the same batch.
+    fn came_already(&self, core: &mut Core, fault: Fault, wait: Wait) -> bool {
+        let protects = fault.flags.contains(FaultFlags::WP);
+        let Some(came) = core.fresh.find(fault.page).filter(|_| !protects) else { return false };
+        // Taken away again since, it is looked at the long way.
+        if self.pages.state(fault.page) != PageState::Present {
+            return false;
+        }
+        self.waited(wait, came.class, came.at);
+        self.stats.counters.joined.add(1);
+        if core.around.touched(fault.page) {
+            self.stats.counters.beside_touched.add(1);
+        }
+        self.stats.trace.record(fault.page..fault.page + 1, Reason::Demand, self.now_ns(wait.since));
+        true
     }
 
     fn count(&self, fault: Fault) {
@@ -139,6 +171,11 @@ impl Session {
 
     /// One fault, from its claim to its release; or parked, or out with an I/O thread.
     pub(super) fn fault(self: &Arc<Self>, core: &mut Core, bytes: &mut [u8], fault: Fault, wait: Wait) {
+        self.fault_with(core, bytes, fault, 0, wait);
+    }
+
+    /// The same, where others of its batch wait for the `also` pages behind its own.
+    fn fault_with(self: &Arc<Self>, core: &mut Core, bytes: &mut [u8], fault: Fault, also: u32, wait: Wait) {
         let page = fault.page;
         if fault.flags.contains(FaultFlags::WP) {
             // Nothing of ours protects pages yet: whoever did, the write may go on.
@@ -147,13 +184,16 @@ impl Session {
             return;
         }
         match self.pages.claim(page) {
-            Claim::Fill => self.supply(core, bytes, page, wait),
+            Claim::Fill => self.supply(core, bytes, fault, also, wait),
             Claim::Clear => self.clear(core, page, wait),
             // Whoever has claimed it releases everyone who waits for the page.
             Claim::Wait => self.stats.counters.joined.add(1),
             claim @ (Claim::Expose | Claim::Present) => {
                 if claim == Claim::Present {
                     self.stats.counters.present.add(1);
+                    if core.around.touched(page) {
+                        self.stats.counters.beside_touched.add(1);
+                    }
                 }
                 // It came before it was asked for: the trace shall say that it was asked for, too.
                 self.stats.trace.record(page..page + 1, Reason::Demand, self.now_ns(wait.since));
@@ -198,6 +238,9 @@ impl Session {
 
     /// Tries parked faults again, once each, if their time has come.
     fn retry(self: &Arc<Self>, core: &mut Core, scratch: &mut Scratch) {
+        if core.waiting.due().is_none() {
+            return;
+        }
         let round = core.waiting.begin_round(Instant::now());
         for _ in 0..round {
             let Some(waiting) = core.waiting.next_parked() else { break };

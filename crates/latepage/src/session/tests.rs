@@ -11,14 +11,17 @@ use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 
+use super::around::Around;
+use super::batch::Fresh;
 use super::gate::Gate;
 use super::waiting::WaitingRoom;
-use super::{Action, Core, End, Host, LetGo, OnMissing, Peer, Policy, Report, Scratch, Session};
+use super::{Action, Core, End, FaultAround, Host, LetGo, OnMissing, Peer, Policy, Report, Scratch, Session};
 use crate::attachment::{Backing, Form, Hello};
 use crate::delivery::{Batch, Delivery, DeliveryError, Fault, FaultFlags};
 use crate::install::{Install, Outcome, Stop};
 use crate::memory::{Layout, PageSize, PageState, Region};
 use crate::source::{Answer, Source, SourceError};
+use crate::sys::mapping::Window;
 use crate::sys::uffd::{Features, Userfaultfd};
 
 /// One that comes is served by whoever holds the gate, or by himself: in every interleaving of many.
@@ -223,6 +226,10 @@ impl Install for Obedient {
         self.answer("fill", first..first + (contents.len() / 4096) as u32)
     }
 
+    fn fill_window(&self, _: &Layout, first: u32, contents: Window<'_>) -> Outcome {
+        self.answer("fill from a window", first..first + (contents.len() / 4096) as u32)
+    }
+
     fn fill_exposes(&self) -> bool {
         true
     }
@@ -346,7 +353,7 @@ impl Staged {
         };
         let log = Log::default();
         let peer = Peer { pid: Some(std::process::id()), process: None, socket: None };
-        let policy = Policy { on_missing, fault_around: 0, ..Policy::default() };
+        let policy = Policy { on_missing, fault_around: FaultAround::NONE, ..Policy::default() };
         let host = Arc::new(Ear(Arc::clone(&log)));
         let session = Session::new(1, hello, peer, Arc::new(Ones), policy, host).unwrap();
         let (batches, stops) = (Arc::default(), Arc::default());
@@ -360,6 +367,8 @@ impl Staged {
             delivery: Box::new(delivery),
             install: Box::new(install),
             waiting: WaitingRoom::new(8),
+            around: Around::new(),
+            fresh: Fresh::new(8),
             forked: Vec::new(),
             socket: None,
         });

@@ -70,6 +70,7 @@ counters! {
     source_pages: "Pages installed with contents from the source because a fault asked for them.",
     zero_pages: "Pages installed as zero, for whatever reason: a hole, zero contents, or removed before.",
     beside_pages: "Pages brought in beside a faulting one (fault-around).",
+    beside_touched: "Of those, the pages that the guest is known to have touched afterwards.",
     populated_pages: "Pages brought in by population, before anyone asked.",
     removed_pages: "Pages that the VMM discarded.",
     bytes_installed: "Bytes of guest memory installed, zero pages included.",

@@ -1,9 +1,10 @@
 //! Mappings of memory: a guest view, an install view, or a file.
 
 use std::ffi::c_void;
+use std::io;
 use std::marker::PhantomData;
 use std::ops::Range;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -327,6 +328,37 @@ impl Window<'_> {
             self.length
         );
         Self { start: self.start.wrapping_add(range.start), length: range.len(), mapping: PhantomData }
+    }
+
+    /// Has the kernel write it into a file at `offset`. Short where the window shows nothing any more; the count is of bytes.
+    ///
+    /// # Errors
+    /// The errno of pwrite(2); EFAULT where the window does not even show its first byte.
+    pub fn write_to(&self, file: BorrowedFd<'_>, offset: u64) -> Result<usize, Errno> {
+        let mut done = 0;
+        while done < self.length {
+            let from: *const c_void = self.start.wrapping_add(done).cast();
+            // SAFETY: the window lies in a mapping that outlives it, which only the kernel reads here: it answers EFAULT, and
+            // raises nothing, where there is no page.
+            let written = unsafe {
+                libc::pwrite(
+                    file.as_raw_fd(),
+                    from,
+                    self.length - done,
+                    (offset + done as u64) as libc::off_t,
+                )
+            };
+            match usize::try_from(written) {
+                Ok(0) => break,
+                Ok(written) => done += written,
+                Err(_) => match Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::IO) {
+                    Errno::INTR => {}
+                    errno if done == 0 => return Err(errno),
+                    _ => break,
+                },
+            }
+        }
+        Ok(done)
     }
 }
 

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use latepage::pager::{Config, Pager, What};
-use latepage::session::{Policy, Session};
+use latepage::session::{FaultAround, OnMissing, Policy, Population, Session};
 use latepage::source::Source;
 use rustix::event::{PollFd, PollFlags, Timespec};
 
@@ -144,11 +144,13 @@ impl Serving {
 
 /// A policy for guests in this process: they cannot be killed.
 pub fn policy() -> Policy {
-    Policy { on_missing: latepage::session::OnMissing::Poison, ..Policy::default() }
+    // A fixed window: which pages come with a touch does not hang on the touches before it.
+    let fault_around = FaultAround::Window(64 << 10);
+    Policy { on_missing: OnMissing::Poison, fault_around, ..Policy::default() }
 }
 
 pub fn populating() -> Policy {
-    Policy { population: latepage::session::Population::Background, ..policy() }
+    Policy { population: Population::Background, ..policy() }
 }
 
 pub fn exists(path: &Path) -> bool {
