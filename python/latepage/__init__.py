@@ -20,7 +20,7 @@ from latepage.errors import (
 )
 from latepage.events import Event
 from latepage.memory import PageState, Region
-from latepage.pager import Pager
+from latepage.pager import Fallback, Pager
 from latepage.policy import Policy
 from latepage.session import Progress, Session
 from latepage.source import CallbackSource, FileSource, Source, open_source
@@ -30,6 +30,7 @@ __all__ = [
     "CallbackSource",
     "CheckError",
     "Event",
+    "Fallback",
     "FileSource",
     "FirecrackerError",
     "GuestError",

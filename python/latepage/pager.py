@@ -6,18 +6,31 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 from latepage import _core, stats
 from latepage._callbacks import refuse_in_callback
 from latepage._population import PopulationThread
+from latepage.errors import PolicyError
 from latepage.events import Event, from_engine
 from latepage.policy import Policy
 from latepage.session import Session
 from latepage.source import Source
 from latepage.stats import Stats
 
-__all__ = ["Pager"]
+__all__ = ["Fallback", "Pager"]
+
+
+class Fallback(NamedTuple):
+    """Something that was asked for and cannot be had.
+
+    Attributes:
+        wish: `placement`, `realtime` or `nice`.
+        reason: why, what was done instead, and what it takes.
+    """
+
+    wish: str
+    reason: str
 
 
 class Pager:
@@ -33,8 +46,11 @@ class Pager:
     'listening'
 
     Args:
-        workers: threads that serve faults; by default one for each CPU, at most eight.
+        workers: threads that serve faults; by default one for each CPU, at most four.
         io_threads: threads that read what is not in memory yet.
+        realtime: priority of the workers in the real-time class SCHED_FIFO, 1 to 99; where that is not allowed they stay
+            ordinary threads, and `fallbacks` says so.
+        nice: nice value of the workers, -20 (first) to 19; where that is not allowed they keep theirs, and `fallbacks` says so.
         log: a file descriptor, which is duplicated: the engine itself writes each event there as a line of JSON.
     """
 
@@ -43,9 +59,15 @@ class Pager:
         *,
         workers: int | None = None,
         io_threads: int | None = None,
+        realtime: int | None = None,
+        nice: int | None = None,
         log: int | None = None,
     ) -> None:
-        self._native = _core.Pager(workers=workers, io_threads=io_threads, log=log)
+        if realtime is not None and not 1 <= realtime <= 99:
+            raise PolicyError(f"realtime is {realtime}: give a priority from 1 to 99")
+        if nice is not None and not -20 <= nice <= 19:
+            raise PolicyError(f"nice is {nice}: give a value from -20 (first) to 19")
+        self._native = _core.Pager(workers=workers, io_threads=io_threads, realtime=realtime, nice=nice, log=log)
         self._sockets: dict[str, Source] = {}
         self._orders: list[PopulationThread] = []
         self._settled = False
@@ -104,6 +126,16 @@ class Pager:
             if session.name == name:
                 return session
         raise KeyError(name)
+
+    @property
+    def workers(self) -> list[str]:
+        """How each thread that serves faults waits now: `block`, `spin`, or `core`: asleep on a core that was chosen for it."""
+        return self._native.workers()
+
+    @property
+    def fallbacks(self) -> list[Fallback]:
+        """What was asked for and cannot be had on this host, each once. An event `warning` has told of it too."""
+        return [Fallback(wish, reason) for wish, reason in self._native.fallbacks()]
 
     @property
     def stats(self) -> Stats:

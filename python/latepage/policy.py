@@ -1,5 +1,6 @@
 """What a user may choose for the VMs of one socket: one frozen value."""
 
+import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal, TypeAlias, get_args
@@ -9,7 +10,7 @@ from latepage.memory import PAGE, format_size
 from latepage.session import Session
 from latepage.stats import TraceEntry
 
-__all__ = ["FaultAround", "OnMissing", "Order", "Policy", "Populate"]
+__all__ = ["FaultAround", "OnMissing", "Order", "Placement", "Policy", "Populate"]
 
 Populate = Literal["none", "background"]
 """`none` supplies what is touched; `background` all the rest as well, while no fault waits."""
@@ -28,6 +29,12 @@ OnMissing = Literal["kill", "poison"]
 FaultAround: TypeAlias = int | Literal["auto"]
 """Bytes of the aligned window whose absent pages come with a touched one; `auto` goes by what was touched before: the page alone
 where touches are scattered, up to 2 MiB where they follow one another."""
+
+
+Placement: TypeAlias = str
+"""Where the worker that serves a VM runs, and how it waits: `auto`, `block`, `spin`, `same-core`, or `core:N`."""
+
+PLACEMENT = re.compile(r"auto|block|spin|same-core|core:(?:0|[1-9][0-9]{0,3})")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +56,10 @@ class Policy:
         fault_around: how much is supplied with a touched page. `auto`: that page alone where touches are scattered, up to 2 MiB
             where they follow one another. A number: the aligned window of so many bytes, a multiple of 4 KiB, which supplies
             that page only.
+        placement: where the worker that serves the VM runs, and how it waits. `auto` joins the core of the thread that
+            faults where one thread does, else spins for a moment after a fault where that pays and a core is to spare, else
+            sleeps. `block` sleeps, `spin` spins, `same-core` sleeps on the core of the thread that faults most, `core:N` sleeps
+            on core N.
         mode: permissions of the socket's file.
         owner: user and group, as numbers, whom the socket's file is given to; None keeps it. It takes root.
         allow_uids: users whose VMs are served; empty for everyone whom `mode` lets in.
@@ -61,6 +72,7 @@ class Policy:
     populate: Populate | Order = "none"
     on_missing: OnMissing = "kill"
     fault_around: FaultAround = "auto"
+    placement: Placement = "auto"
     mode: int = 0o660
     owner: tuple[int, int] | None = None
     allow_uids: Collection[int] = frozenset()
@@ -82,10 +94,14 @@ class Policy:
             if not 0 < getattr(self, name) <= 86_400:
                 raise PolicyError(f"{name} is {getattr(self, name)}: give seconds above zero")
         around = self.fault_around
-        if around != "auto" and (not isinstance(around, int) or not PAGE <= around <= 1 << 30 or around % PAGE):
+        if around != "auto" and (not PAGE <= around <= 1 << 30 or around % PAGE):
             raise PolicyError(
                 f"fault_around is {around}: give auto, or a multiple of {format_size(PAGE)}, "
                 f"from {format_size(PAGE)} (only the page) to 1 GiB"
+            )
+        if not PLACEMENT.fullmatch(self.placement):
+            raise PolicyError(
+                f"placement is {self.placement!r}: choose auto, block, spin, same-core, or core:N with the number of a core"
             )
         if not 0 <= self.trace <= 1 << 30:
             raise PolicyError(f"trace is {self.trace}: give a number of entries, from 0 (none) to 2^30")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import cast
 
-from latepage import Pager, Region
+from latepage import Fallback, Pager, Region
 from latepage.events import Event
 from latepage.observe.metrics import COUNTERS
 from latepage.session import Progress, Session
@@ -60,6 +60,8 @@ class PagerStandIn:
     ready: bool = True
     sockets: dict[str, Source] = field(default_factory=dict)
     told: dict[str, int] = field(default_factory=dict)
+    workers: list[str] = field(default_factory=lambda: ["block", "core"])
+    fallbacks: list[Fallback] = field(default_factory=list)
 
     @property
     def events_told(self) -> dict[str, int]:

@@ -27,12 +27,14 @@ pub(crate) struct Pager {
 #[pymethods]
 impl Pager {
     #[new]
-    #[pyo3(signature = (*, workers=None, io_threads=None, populators=None, log=None))]
+    #[pyo3(signature = (*, workers=None, io_threads=None, populators=None, realtime=None, nice=None, log=None))]
     fn new(
         py: Python<'_>,
         workers: Option<usize>,
         io_threads: Option<usize>,
         populators: Option<usize>,
+        realtime: Option<u8>,
+        nice: Option<i8>,
         log: Option<RawFd>,
     ) -> PyResult<Self> {
         let failed = |what: &str, call: &str, errno: Option<i32>| {
@@ -41,7 +43,7 @@ impl Pager {
         let log = log.map(sys::duplicate).transpose().map_err(|errno| {
             failed(&format!("log: no such descriptor: {errno}"), "fcntl", Some(errno.raw_os_error()))
         })?;
-        let config = Config { workers, readers: io_threads, populators, log };
+        let config = Config { workers, readers: io_threads, populators, realtime, nice, log };
         let engine = py.detach(|| Engine::start(config)).map_err(|error| {
             failed(&format!("the pager's threads cannot start: {error}"), "clone", error.raw_os_error())
         })?;
@@ -89,6 +91,16 @@ impl Pager {
     fn stats<'py>(&self, py: Python<'py>) -> PyResult<StatsFields<'py>> {
         let totals = py.detach(|| self.engine.totals());
         stats::to_python(py, &totals)
+    }
+
+    /// What was wished for and could not be had: pairs of the wish and why.
+    fn fallbacks(&self) -> Vec<(&'static str, String)> {
+        self.engine.fallbacks().into_iter().map(|fallback| (fallback.wish, fallback.reason)).collect()
+    }
+
+    /// How each worker waits now.
+    fn workers(&self) -> Vec<&'static str> {
+        self.engine.workers()
     }
 
     fn take_events<'py>(&self, py: Python<'py>, limit: usize) -> PyResult<Vec<Bound<'py, PyAny>>> {

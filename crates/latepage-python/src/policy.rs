@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use latepage::session::{FaultAround, OnMissing, Policy, Population};
+use latepage::session::{FaultAround, OnMissing, Placement, Policy, Population};
 use pyo3::conversion::FromPyObjectOwned;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -19,6 +19,7 @@ pub(crate) fn from_python(fields: &Bound<'_, PyDict>) -> PyResult<Policy> {
         },
         fault_around: field::<Option<u64>>(fields, "fault_around")?
             .map_or(FaultAround::Auto, FaultAround::Window),
+        placement: placement(&field::<String>(fields, "placement")?)?,
         on_missing: match field::<String>(fields, "on_missing")?.as_str() {
             "kill" => OnMissing::Kill,
             "poison" => OnMissing::Poison,
@@ -31,6 +32,19 @@ pub(crate) fn from_python(fields: &Bound<'_, PyDict>) -> PyResult<Policy> {
         owner: field(fields, "owner")?,
         detach_when_full: field(fields, "detach_when_full")?,
         trace: field(fields, "trace")?,
+    })
+}
+
+fn placement(name: &str) -> PyResult<Placement> {
+    Ok(match name {
+        "auto" => Placement::Auto,
+        "block" => Placement::Block,
+        "spin" => Placement::Spin,
+        "same-core" => Placement::SameCore,
+        other => match other.strip_prefix("core:").map(str::parse) {
+            Some(Ok(core)) => Placement::Core(core),
+            _ => return Err(PyValueError::new_err(format!("placement: {other}"))),
+        },
     })
 }
 

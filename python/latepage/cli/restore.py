@@ -17,13 +17,13 @@ from latepage.cli.output import say
 from latepage.cli.rights import lacking
 from latepage.cli.serve import as_flags_say, run
 from latepage.cli.signals import Signals
-from latepage.cli.sizes import FaultAround, Owner
+from latepage.cli.sizes import FaultAround, Nice, Owner, Realtime
 from latepage.cli.status import StatusAddress, telling
 from latepage.errors import PolicyError
 from latepage.events import Ended, Event, Failed
 from latepage.firecracker import Jailer, Options, Restoration, RestoredVm, Step
 from latepage.firecracker.restore import bring_up
-from latepage.policy import OnMissing, Populate
+from latepage.policy import OnMissing, Placement, Populate
 from latepage.source import Source, open_source
 
 __all__ = ["app"]
@@ -71,6 +71,9 @@ def restore(
     populate: Populate = "none",
     on_missing: OnMissing = "kill",
     fault_around: FaultAround = "auto",
+    placement: Placement = "auto",
+    realtime: Realtime = None,
+    nice: Nice = None,
     stall_warning: float = 5.0,
     detach_when_full: Flag = False,
     metrics: StatusAddress = None,
@@ -106,6 +109,9 @@ def restore(
         on_missing: what happens to a VM whose page cannot be had: kill it, or poison the page. Use kill with Firecracker.
         fault_around: how much to bring in one go where a page is touched: auto goes by what was touched before; 64KiB is a
             fixed window; 4KiB brings that page only.
+        placement: where the thread that serves a VM runs, and how it waits: auto, block, spin, same-core or core:N.
+        realtime: serve faults in the real-time class SCHED_FIFO, with this priority from 1 to 99, where that is allowed.
+        nice: serve faults with this nice value, from -20 (first) to 19, where that is allowed.
         stall_warning: report a fault that has waited for so many seconds.
         detach_when_full: let go of each VM as soon as it has all of its memory; with the last, the command ends.
         metrics: tell how it goes over HTTP, at HOST:PORT, :PORT, or a Unix socket's path, as `latepage serve` does.
@@ -117,6 +123,7 @@ def restore(
         populate=populate,
         on_missing=on_missing,
         fault_around=fault_around,
+        placement=placement,
         stall_warning=stall_warning,
         detach_when_full=detach_when_full,
         trace=_ring(record),
@@ -143,6 +150,8 @@ def restore(
         api_sock=api_sock,
         socket=socket,
         policy=policy,
+        realtime=realtime,
+        nice=nice,
         resume=not paused,
         network=_devices(network),
         vsock=vsock,

@@ -13,13 +13,13 @@ from cyclopts import App, Parameter
 from latepage.cli.output import say
 from latepage.cli.rights import lacking
 from latepage.cli.signals import Signals
-from latepage.cli.sizes import FaultAround, Mode, Owner
+from latepage.cli.sizes import FaultAround, Mode, Nice, Owner, Realtime
 from latepage.cli.status import StatusAddress, telling
 from latepage.errors import ListenError, PolicyError
 from latepage.events import Drained, Event
 from latepage.observe.recorder import RING, Recorder
 from latepage.pager import Pager
-from latepage.policy import OnMissing, Policy, Populate
+from latepage.policy import OnMissing, Placement, Policy, Populate
 from latepage.reach import SEARCH, obstacle
 from latepage.reach import Owner as UserAndGroup
 from latepage.source import open_source
@@ -46,6 +46,9 @@ def serve(
     populate: Populate = "none",
     on_missing: OnMissing = "kill",
     fault_around: FaultAround = "auto",
+    placement: Placement = "auto",
+    realtime: Realtime = None,
+    nice: Nice = None,
     mode: Mode = 0o660,
     owner: Owner = None,
     allow_uid: Annotated[tuple[int, ...], Parameter(negative=(), consume_multiple=False, show_default=False)] = (),
@@ -67,6 +70,9 @@ def serve(
             VMMs that are known to turn it into a machine check or their own death.
         fault_around: how much to bring in one go where a page is touched: auto goes by what was touched before; 64KiB is a
             fixed window; 4KiB brings that page only.
+        placement: where the thread that serves a VM runs, and how it waits: auto, block, spin, same-core or core:N.
+        realtime: serve faults in the real-time class SCHED_FIFO, with this priority from 1 to 99, where that is allowed.
+        nice: serve faults with this nice value, from -20 (first) to 19, where that is allowed.
         mode: permissions of the socket.
         owner: give the socket to this user and group, as UID:GID; takes root.
         allow_uid: serve this user's VMs only; may be given several times.
@@ -86,6 +92,7 @@ def serve(
         populate=populate,
         on_missing=on_missing,
         fault_around=fault_around,
+        placement=placement,
         mode=mode,
         owner=None if owner is None else (owner.uid, owner.gid),
         allow_uids=allow_uid,
@@ -101,7 +108,7 @@ def serve(
     log = None if terminal else (sys.stdout if json else sys.stderr).fileno()
     with (
         Signals() as signals,
-        Pager(log=log) as pager,
+        Pager(realtime=realtime, nice=nice, log=log) as pager,
         telling("serve", pager, metrics, per_vm=metrics_per_vm),
         Recorder(pager, record) if record else nullcontext(),
     ):

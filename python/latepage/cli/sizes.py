@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from typing import Annotated
 
-from cyclopts import Parameter, Token
+from cyclopts import Parameter, Token, validators
 
 from latepage import policy
 from latepage.memory import format_size, parse_size
 from latepage.reach import Owner as UserAndGroup
 
-__all__ = ["FaultAround", "Mode", "Owner", "Size"]
+__all__ = ["FaultAround", "Mode", "Nice", "Owner", "Realtime", "Size"]
 
 
 def _size(_type: object, tokens: Sequence[Token]) -> int:
@@ -46,3 +46,9 @@ Mode = Annotated[int, Parameter(converter=_mode, show_default=lambda mode: f"{mo
 
 Owner = Annotated[UserAndGroup | None, Parameter(converter=_owner, n_tokens=1, accepts_keys=False)]
 """A user and a group in numbers, written like 1000:1000."""
+
+Realtime = Annotated[int | None, Parameter(validator=validators.Number(gte=1, lte=99))]
+"""A priority of SCHED_FIFO."""
+
+Nice = Annotated[int | None, Parameter(validator=validators.Number(gte=-20, lte=19), allow_leading_hyphen=True)]
+"""A nice value."""

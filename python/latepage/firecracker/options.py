@@ -41,6 +41,8 @@ class Options:
         arguments: more for Firecracker's command line, as `--level`, `--log-path`.
         console: a file that the VMs' standard output is appended to; the last 64 KiB of each are kept if None.
         timeout: seconds that each step may take.
+        realtime: priority of the pager's workers in SCHED_FIFO, 1 to 99, where that is allowed.
+        nice: their nice value, -20 to 19, where that is allowed.
         log: a descriptor to which the pager writes its events as lines of JSON.
         on_prepared: called when the pager listens and nothing has been started yet.
         on_step: called after each step, in the thread of the caller.
@@ -63,6 +65,8 @@ class Options:
     arguments: tuple[str, ...] = ()
     console: Name | None = None
     timeout: float = 30.0
+    realtime: int | None = None
+    nice: int | None = None
     log: int | None = None
     on_prepared: Callable[["Restoration"], None] | None = None
     on_step: Callable[["Step"], None] | None = None

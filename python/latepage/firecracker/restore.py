@@ -139,7 +139,7 @@ class _Work:
             undo.callback(reader.close)
             pager = None
             if source is not None:
-                pager = undo.enter_context(Pager(log=options.log))
+                pager = undo.enter_context(Pager(realtime=options.realtime, nice=options.nice, log=options.log))
             self.console = None
             if options.console is not None:
                 self.console = _append_to(options.console)

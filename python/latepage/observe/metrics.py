@@ -73,15 +73,17 @@ EVENTS = {
 VM_COUNTERS = {
     "faults": ("vm_faults", "Faults of this VM that the kernel delivered."),
     "bytes_installed": ("vm_installed_bytes", "Bytes of this VM's memory installed."),
-    "beside_touched": (
-        "fault_around_touched_pages",
-        "Of those, the pages that the guest is known to have touched afterwards.",
-    ),
     "populated_pages": ("vm_population_pages", "Pages of this VM brought in by population."),
     "failures": ("vm_failed_pages", "Pages of this VM that could not be had."),
     "stalls": ("vm_stalled_faults", "Faults of this VM that grew older than the stall limit."),
 }
 """The same for one VM: the few that say how it is."""
+
+STANCES = ("block", "spin", "core")
+"""How a worker may wait."""
+
+WISHES = ("placement", "realtime", "nice")
+"""What a pager may be asked for, and not get."""
 
 MEMORY_STATES = ("present", "removed", "failed", "lacking")
 """What has become of memory, as `Progress` counts it."""
@@ -122,6 +124,8 @@ class PagerCollector(Collector):
         yield _gauge("ready", "1 while VMs are taken: the pager listens and is not draining.", self._pager.ready)
         yield from _vms([progress for _, progress in sessions])
         yield _memory("memory_bytes", "Guest memory of the VMs served now, by what has become of it.", sessions, label_vm=False)
+        yield _workers(self._pager.workers)
+        yield _fallbacks([fallback.wish for fallback in self._pager.fallbacks])
         for counter, (name, says) in COUNTERS.items():
             yield CounterMetricFamily(f"{PREFIX}_{name}", says, value=float(stats.counters[counter]))
         yield _durations(stats)
@@ -142,6 +146,22 @@ def _vms(all_progress: list[Progress]) -> Iterator[Metric]:
     family.add_metric(["complete"], full)
     family.add_metric(["incomplete"], len(all_progress) - full)
     yield family
+
+
+def _workers(stances: list[str]) -> Metric:
+    says = "Threads that serve faults, by how they wait now: asleep (block), spinning (spin), asleep on a chosen core (core)."
+    family = GaugeMetricFamily(f"{PREFIX}_workers", says, labels=["placement"])
+    for stance in STANCES:
+        family.add_metric([stance], stances.count(stance))
+    return family
+
+
+def _fallbacks(wishes: list[str]) -> Metric:
+    says = "Things that were asked for and cannot be had on this host; the log says why, and what is done instead."
+    family = GaugeMetricFamily(f"{PREFIX}_fallbacks", says, labels=["wish"])
+    for wish in WISHES:
+        family.add_metric([wish], wishes.count(wish))
+    return family
 
 
 def _memory(name: str, says: str, sessions: Iterable[tuple[Session, Progress]], *, label_vm: bool) -> Metric:

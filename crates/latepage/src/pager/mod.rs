@@ -7,6 +7,7 @@
 //! | populator | one | brings pages before anyone asks |
 //! | lane | as many as its source says | both, for one source that may take long: see `lanes.rs` |
 //! | let-go | one | unregisters VMs that have all their memory; it never waits for a source |
+//! | scout | one | finds out where workers best run: see `placement/`; asleep unless a VM faults a lot |
 //! | attendant | one | handshakes, refused peers, stalls, sources |
 //! | log | one, where a log is wanted | writes JSON lines |
 
@@ -19,6 +20,7 @@ mod follow;
 mod host;
 mod lanes;
 mod listener;
+mod placement;
 mod pool;
 mod spare;
 mod worker;
@@ -36,7 +38,7 @@ use rustix::io::Errno;
 
 use crate::attachment::{Form, Hello, Refusal, RefusalReason};
 use crate::session::{
-    Action, End, Host, LetGo, OnMissing, Peer as SessionPeer, Policy, Population, Scratch, Session,
+    Action, End, Host, LetGo, OnMissing, Peer as SessionPeer, Placement, Policy, Population, Scratch, Session,
 };
 use crate::source::Source;
 use crate::stats::StatsSnapshot;
@@ -44,6 +46,7 @@ use crate::sys::pidfd::{Peer, PidFd};
 use attendant::{Attendant, Listener};
 use lanes::{Lane, Lanes};
 use listener::ListeningSocket;
+use placement::Scout;
 use pool::{Job, Pool};
 use worker::Worker;
 
@@ -61,8 +64,21 @@ pub struct Config {
     pub readers: Option<usize>,
     /// Threads that bring pages before anyone asks; `None` for one.
     pub populators: Option<usize>,
+    /// The priority of workers in the real-time class SCHED_FIFO, 1 to 99; `None` leaves them in the class that they are born in.
+    pub realtime: Option<u8>,
+    /// The nice value of workers, -20 to 19; `None` leaves it.
+    pub nice: Option<i8>,
     /// Where every event is written, one JSON object a line.
     pub log: Option<OwnedFd>,
+}
+
+/// Something that was wished for and cannot be had, and was done in another way.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fallback {
+    /// What was wished for: `realtime`, `nice` or `placement`.
+    pub wish: &'static str,
+    /// Why it cannot be had, and what was done.
+    pub reason: String,
 }
 
 /// How long closing waits for VMs that were killed to be gone, and then for its threads.
@@ -85,9 +101,11 @@ struct Shared {
     /// A session has become full, or is gone.
     changed: Condvar,
     workers: OnceLock<Vec<Arc<Worker>>>,
+    scout: Arc<Scout>,
     lanes: Lanes,
     detachers: Arc<Pool>,
     attendant: Attendant,
+    fallbacks: Mutex<Vec<Fallback>>,
     /// Programs that direct population.
     followings: Mutex<Vec<Arc<Following>>>,
     next: AtomicU64,
@@ -140,9 +158,11 @@ impl Pager {
             }),
             changed: Condvar::new(),
             workers: OnceLock::new(),
+            scout: Arc::new(Scout::new()),
             lanes: Lanes::new(Lane { readers, populators }),
             detachers,
             attendant,
+            fallbacks: Mutex::new(Vec::new()),
             followings: Mutex::new(Vec::new()),
             next: AtomicU64::new(1),
             door: Mutex::new(()),
@@ -160,9 +180,10 @@ impl Pager {
                     shared.farewell(session);
                 }
             });
-            match Worker::start(number, farewell) {
+            match Worker::start(number, Arc::clone(&shared.scout), farewell) {
                 Ok((worker, handle)) => {
                     pager.threads().push(handle);
+                    shared.prefer(&worker, config.realtime, config.nice);
                     started.push(worker);
                 }
                 Err(error) => {
@@ -176,6 +197,7 @@ impl Pager {
         if let Some(error) = failed {
             return Err(error);
         }
+        pager.threads().push(Scout::start(&shared)?);
         pager.threads().push(Attendant::start(&shared)?);
         Ok(pager)
     }
@@ -220,6 +242,7 @@ impl Pager {
             return Err(ListenError::Draining { path: path.to_owned() });
         }
         let socket = ListeningSocket::bind(path, policy.mode, policy.owner)?;
+        self.shared.check_placement(policy.placement);
         let threads = self.shared.lanes.open(&source).map_err(|error| ListenError::Call {
             path: path.to_owned(),
             call: "clone",
@@ -259,6 +282,16 @@ impl Pager {
     /// A descriptor that polls readable while events wait.
     pub fn descriptor(&self) -> BorrowedFd<'_> {
         self.shared.events.descriptor()
+    }
+
+    /// What was wished for and could not be had, each once.
+    pub fn fallbacks(&self) -> Vec<Fallback> {
+        self.shared.fallbacks.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// How each worker waits now: `block`, `spin`, or `core`, which is to block on a core that was chosen for it.
+    pub fn workers(&self) -> Vec<&'static str> {
+        self.shared.workers.get().into_iter().flatten().map(|worker| worker.stance().name()).collect()
     }
 
     /// What all sessions have done together, those that are over among them.
@@ -408,6 +441,55 @@ impl Shared {
 
     fn door(&self) -> MutexGuard<'_, ()> {
         self.door.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Says once that something goes another way than was wished for.
+    fn fall_back(&self, wish: &'static str, reason: String) {
+        let mut fallbacks = self.fallbacks.lock().unwrap_or_else(PoisonError::into_inner);
+        let fallback = Fallback { wish, reason };
+        if !fallbacks.contains(&fallback) {
+            self.events.emit(What::Warning { what: fallback.reason.clone() });
+            fallbacks.push(fallback);
+        }
+    }
+
+    /// Gives a worker its place among the threads of the machine, as far as that is allowed.
+    fn prefer(&self, worker: &Worker, realtime: Option<u8>, nice: Option<i8>) {
+        let Some(thread) = worker.thread() else { return };
+        if let Some(priority) = realtime
+            && let Err(errno) = thread.real_time(priority)
+        {
+            let reason = format!(
+                "workers cannot be real-time (SCHED_FIFO {priority}): {errno}; they stay in the ordinary class. It takes CAP_SYS_NICE, \
+                 or RLIMIT_RTPRIO of {priority} (systemd: LimitRTPRIO={priority})"
+            );
+            self.fall_back("realtime", reason);
+        }
+        if let Some(value) = nice
+            && let Err(errno) = thread.nice(value)
+        {
+            let reason = format!(
+                "workers cannot have nice {value}: {errno}; they keep theirs. It takes CAP_SYS_NICE, or RLIMIT_NICE of {} (systemd: \
+                 LimitNICE={value})",
+                20 - value
+            );
+            self.fall_back("nice", reason);
+        }
+    }
+
+    /// A core that is not there, or not ours, is no place.
+    fn check_placement(&self, placement: Placement) {
+        let machine = self.scout.machine();
+        if let Placement::Core(core) = placement
+            && !machine.may_use(core)
+        {
+            let cores: Vec<String> = machine.allowed().iter().map(|core| core.to_string()).collect();
+            let reason = format!(
+                "placement core:{core}: this process has no core {core}, only {}; VMs are placed as with auto",
+                cores.join(", ")
+            );
+            self.fall_back("placement", reason);
+        }
     }
 
     fn worker(&self, session: u64) -> Option<&Worker> {
@@ -590,6 +672,7 @@ impl Shared {
 
     fn stop(&self) {
         self.attendant.stop();
+        self.scout.stop();
         self.lanes.stop();
         self.detachers.stop();
         let followings = std::mem::take(&mut *self.followings());

@@ -5,22 +5,29 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rustix::event::{Timespec, epoll};
 
 use super::bell::Bell;
+use super::placement::{Scout, Stance};
 use crate::session::{Scratch, Session};
 use crate::sys::pidfd::PidFd;
+use crate::sys::sched::{self, Cores};
 
-/// The token of the bell; sessions' tokens are three for each id.
+/// The token of the bell; sessions' tokens are three for each place in the table.
 const BELL: u64 = u64::MAX;
 const KINDS: u64 = 3;
 const FAULTS: u64 = 0;
 const PROCESS: u64 = 1;
 const SOCKET: u64 = 2;
+
+/// Faults after which the scout is called, if they came within so short a time.
+const MANY: u32 = 8;
+const SHORT: Duration = Duration::from_millis(8);
 
 /// How soon a VM that showed a sign of death, but whose memory was still there, is looked at again.
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
@@ -37,28 +44,75 @@ enum Order {
 pub(super) struct Worker {
     orders: Mutex<Vec<Order>>,
     bell: Bell,
+    /// Its thread, set before anyone else sees it.
+    thread: OnceLock<sched::Thread>,
+    /// Where it runs and how it waits. Only the scout changes it.
+    stance: Mutex<Stance>,
+    /// How long it spins before it blocks, in ns: of its stance, where it costs nothing to look.
+    spin: AtomicU64,
 }
 
 /// What a worker tells when a session is gone for good.
 pub(super) type Farewell = Box<dyn Fn(&Arc<Session>) + Send>;
 
 impl Worker {
-    pub(super) fn start(number: usize, farewell: Farewell) -> std::io::Result<(Arc<Self>, JoinHandle<()>)> {
-        let worker = Arc::new(Self { orders: Mutex::new(Vec::new()), bell: Bell::new()? });
+    pub(super) fn start(
+        number: usize,
+        scout: Arc<Scout>,
+        farewell: Farewell,
+    ) -> std::io::Result<(Arc<Self>, JoinHandle<()>)> {
+        let worker = Arc::new(Self {
+            orders: Mutex::new(Vec::new()),
+            bell: Bell::new()?,
+            thread: OnceLock::new(),
+            stance: Mutex::new(Stance::BLOCK),
+            spin: AtomicU64::new(0),
+        });
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         epoll::add(&epoll, &worker.bell, epoll::EventData::new_u64(BELL), epoll::EventFlags::IN)?;
         let mut thread = Thread {
             shared: Arc::clone(&worker),
             epoll,
-            sessions: HashMap::new(),
+            scout,
+            slots: Vec::new(),
+            places: HashMap::new(),
             ready: VecDeque::new(),
             timers: Vec::new(),
             scratch: Scratch::new(),
             farewell,
+            spin_until: None,
+            recent: 0,
+            since: Instant::now(),
         };
-        let handle =
-            std::thread::Builder::new().name(format!("latepage-w{number}")).spawn(move || thread.run())?;
+        let (tell, told) = std::sync::mpsc::sync_channel(1);
+        let handle = std::thread::Builder::new().name(format!("latepage-w{number}")).spawn(move || {
+            let _ = tell.send(sched::Thread::this());
+            thread.run();
+        })?;
+        if let Ok(thread) = told.recv() {
+            let _ = worker.thread.set(thread);
+        }
         Ok((worker, handle))
+    }
+
+    pub(super) fn stance(&self) -> Stance {
+        *self.stance.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Records its stance, and has it spin as that says. Where it runs is said by [`run_on`](Self::run_on).
+    pub(super) fn set_stance(&self, stance: Stance) {
+        *self.stance.lock().unwrap_or_else(PoisonError::into_inner) = stance;
+        self.spin.store(stance.spin.as_nanos() as u64, Ordering::Relaxed);
+    }
+
+    /// Has its thread run on these cores only.
+    pub(super) fn run_on(&self, cores: &Cores) -> Result<(), rustix::io::Errno> {
+        self.thread.get().ok_or(rustix::io::Errno::SRCH)?.run_on(cores)
+    }
+
+    /// Its thread.
+    pub(super) fn thread(&self) -> Option<sched::Thread> {
+        self.thread.get().copied()
     }
 
     fn order(&self, order: Order) {
@@ -93,15 +147,27 @@ struct Slot {
     suspected: Option<(Instant, Duration)>,
 }
 
+/// A session's place in a worker's table. A free one is taken again, so that a late event may mean another session there: it is
+/// served, or asked whether it lives, for nothing.
+type At = usize;
+
 struct Thread {
     shared: Arc<Worker>,
     epoll: std::os::fd::OwnedFd,
-    sessions: HashMap<u64, Slot>,
-    ready: VecDeque<u64>,
+    scout: Arc<Scout>,
+    slots: Vec<Option<Slot>>,
+    /// Where each session is, for whoever knows only its id.
+    places: HashMap<u64, At>,
+    ready: VecDeque<At>,
     /// Sessions with a `due` or a `suspected`: few, and seldom.
-    timers: Vec<u64>,
+    timers: Vec<At>,
     scratch: Scratch,
     farewell: Farewell,
+    /// Until when it looks again and again instead of sleeping.
+    spin_until: Option<Instant>,
+    /// Faults since the scout was last thought of, and when that was.
+    recent: u32,
+    since: Instant,
 }
 
 impl Thread {
@@ -120,8 +186,8 @@ impl Thread {
                 let token = event.data.u64();
                 match token {
                     BELL => orders = true,
-                    _ if token % KINDS == FAULTS => self.enqueue(token / KINDS),
-                    _ => self.suspect(token / KINDS, token % KINDS),
+                    _ if token % KINDS == FAULTS => self.enqueue((token / KINDS) as At),
+                    _ => self.suspect((token / KINDS) as At, token % KINDS),
                 }
             }
             if orders && self.follow_orders() {
@@ -129,22 +195,31 @@ impl Thread {
             }
             // One turn for each session that is ready: a busy one goes to the end of the queue.
             for _ in 0..self.ready.len() {
-                if let Some(id) = self.ready.pop_front() {
-                    self.serve(id);
+                if let Some(at) = self.ready.pop_front() {
+                    self.serve(at);
                 }
             }
             self.run_timers();
         }
     }
 
-    fn timeout(&self) -> Option<Timespec> {
+    /// How long to sleep: not at all where there is something to do, or the next fault is expected in a moment.
+    fn timeout(&mut self) -> Option<Timespec> {
+        const AT_ONCE: Timespec = Timespec { tv_sec: 0, tv_nsec: 0 };
         if !self.ready.is_empty() {
-            return Some(Timespec { tv_sec: 0, tv_nsec: 0 });
+            return Some(AT_ONCE);
+        }
+        if let Some(until) = self.spin_until {
+            if Instant::now() < until {
+                std::hint::spin_loop();
+                return Some(AT_ONCE);
+            }
+            self.spin_until = None;
         }
         let next = self
             .timers
             .iter()
-            .filter_map(|id| self.sessions.get(id))
+            .filter_map(|at| self.slots[*at].as_ref())
             .flat_map(|slot| [slot.due, slot.suspected.map(|(when, _)| when)])
             .flatten()
             .min()?;
@@ -152,24 +227,47 @@ impl Thread {
         Some(Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) })
     }
 
-    fn enqueue(&mut self, id: u64) {
-        if let Some(slot) = self.sessions.get_mut(&id)
+    fn slot(&mut self, at: At) -> Option<&mut Slot> {
+        self.slots.get_mut(at)?.as_mut()
+    }
+
+    fn enqueue(&mut self, at: At) {
+        if let Some(slot) = self.slot(at)
             && !std::mem::replace(&mut slot.queued, true)
         {
-            self.ready.push_back(id);
+            self.ready.push_back(at);
         }
     }
 
-    fn serve(&mut self, id: u64) {
-        let Some(slot) = self.sessions.get_mut(&id) else { return };
+    fn serve(&mut self, at: At) {
+        let Some(slot) = self.slots.get_mut(at).and_then(Option::as_mut) else { return };
         slot.queued = false;
         let served = slot.session.serve(&mut self.scratch);
         slot.due = served.due;
-        if served.due.is_some() && !self.timers.contains(&id) {
-            self.timers.push(id);
+        if served.due.is_some() && !self.timers.contains(&at) {
+            self.timers.push(at);
         }
         if served.more {
-            self.enqueue(id);
+            self.enqueue(at);
+        }
+        if served.faults > 0 {
+            self.after_faults(served.faults);
+        }
+    }
+
+    /// Whoever faults often is worth a look at where he runs, and a moment of waiting for his next fault.
+    fn after_faults(&mut self, faults: u32) {
+        let spin = self.shared.spin.load(Ordering::Relaxed);
+        if spin > 0 {
+            self.spin_until = Some(Instant::now() + Duration::from_nanos(spin));
+        }
+        self.recent += faults;
+        if self.recent >= MANY {
+            let now = Instant::now();
+            if now.saturating_duration_since(self.since) < SHORT {
+                self.scout.call();
+            }
+            (self.recent, self.since) = (0, now);
         }
     }
 
@@ -181,7 +279,11 @@ impl Thread {
         for order in orders {
             match order {
                 Order::Adopt(session) => self.adopt(session),
-                Order::LookAt(id) => self.enqueue(id),
+                Order::LookAt(id) => {
+                    if let Some(at) = self.places.get(&id) {
+                        self.enqueue(*at);
+                    }
+                }
                 Order::TakeDown(id) => self.take_down(id),
                 Order::Stop => stop = true,
             }
@@ -190,9 +292,9 @@ impl Thread {
     }
 
     fn adopt(&mut self, session: Arc<Session>) {
-        let id = session.id();
+        let at = self.slots.iter().position(Option::is_none).unwrap_or(self.slots.len());
         let watch = |fd: BorrowedFd<'_>, kind, flags| {
-            epoll::add(&self.epoll, fd, epoll::EventData::new_u64(id * KINDS + kind), flags)
+            epoll::add(&self.epoll, fd, epoll::EventData::new_u64(at as u64 * KINDS + kind), flags)
         };
         session.with_process(|process| {
             // Readable for ever once it has ended: one edge is enough.
@@ -208,23 +310,27 @@ impl Thread {
             // A userfaultfd whose creator has not done UFFDIO_API cannot be polled, and can have no faults.
             session.finish(crate::session::End::Gone);
         }
-        let slot = Slot { session, queued: false, due: None, suspected: None };
-        self.sessions.insert(id, slot);
+        self.places.insert(session.id(), at);
+        let slot = Some(Slot { session, queued: false, due: None, suspected: None });
+        match self.slots.get_mut(at) {
+            Some(free) => *free = slot,
+            None => self.slots.push(slot),
+        }
         // Faults that came before the edge was watched.
-        self.enqueue(id);
+        self.enqueue(at);
     }
 
     /// A sign of death: its process has ended, or the socket was closed at the other end. Only its memory tells for sure, since
     /// another process may own it, and old VMMs close the socket at once.
-    fn suspect(&mut self, id: u64, kind: u64) {
-        let Some(slot) = self.sessions.get_mut(&id) else { return };
+    fn suspect(&mut self, at: At, kind: u64) {
+        let Some(slot) = self.slot(at) else { return };
         let closed_but_alive = kind == SOCKET && slot.session.with_process(PidFd::has_ended) == Some(false);
         if closed_but_alive || !slot.session.check_alive() {
             return;
         }
         slot.suspected = Some((Instant::now() + LOOK_AGAIN, LOOK_AGAIN));
-        if !self.timers.contains(&id) {
-            self.timers.push(id);
+        if !self.timers.contains(&at) {
+            self.timers.push(at);
         }
     }
 
@@ -234,12 +340,12 @@ impl Thread {
         }
         let now = Instant::now();
         let mut timers = std::mem::take(&mut self.timers);
-        timers.retain(|id| {
-            let Some(slot) = self.sessions.get_mut(id) else { return false };
+        timers.retain(|at| {
+            let Some(slot) = self.slots[*at].as_mut() else { return false };
             if slot.due.is_some_and(|due| due <= now) {
                 slot.due = None;
                 if !std::mem::replace(&mut slot.queued, true) {
-                    self.ready.push_back(*id);
+                    self.ready.push_back(*at);
                 }
             }
             if let Some((when, pause)) = slot.suspected
@@ -254,7 +360,7 @@ impl Thread {
     }
 
     fn take_down(&mut self, id: u64) {
-        let Some(slot) = self.sessions.remove(&id) else { return };
+        let Some(slot) = self.places.remove(&id).and_then(|at| self.slots[at].take()) else { return };
         // The VMM may hold the same open file, and then closing ours would leave it in the epoll.
         slot.session.take_down(|fd| {
             let _ = epoll::delete(&self.epoll, fd);

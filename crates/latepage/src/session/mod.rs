@@ -39,7 +39,7 @@ use batch::Fresh;
 use gate::Gate;
 use waiting::WaitingRoom;
 
-pub use policy::{FaultAround, OnMissing, Policy, Population};
+pub use policy::{FaultAround, OnMissing, Placement, Policy, Population};
 pub use populate::Sliced;
 pub use report::{Action, End, Host, LetGo, Report};
 pub use serve::Served;
@@ -79,6 +79,8 @@ struct Core {
     waiting: WaitingRoom,
     around: Around,
     fresh: Fresh,
+    /// When faults were last done with.
+    served: Instant,
     /// Descriptors over the memory of a VMM's children: closing them would give the children zero pages.
     forked: Vec<OwnedFd>,
     /// Held for as long as the session: a VMM may take its closing as a sign, and its own closing is one for us.
@@ -181,6 +183,7 @@ impl Session {
                 waiting: WaitingRoom::new(vcpus as usize + 8),
                 around: Around::new(),
                 fresh: Fresh::new(Scratch::MESSAGES),
+                served: Instant::now(),
                 forked: Vec::new(),
                 socket: peer.socket,
             })),

@@ -51,6 +51,23 @@ impl FaultAround {
     }
 }
 
+/// Where the worker that serves a VM runs, and how it waits. A worker serves many: it follows the one that gives it most of its
+/// work, and blocks wherever the kernel likes while there is none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Placement {
+    /// On the core of the thread that faults where one thread does; else it spins where that pays and a core is to spare, else it
+    /// blocks.
+    Auto,
+    /// It blocks until a fault comes.
+    Block,
+    /// It spins for a moment after each fault, and then blocks.
+    Spin,
+    /// It blocks, on the core where the thread that faults most ran last.
+    SameCore,
+    /// It blocks, on this core.
+    Core(usize),
+}
+
 /// What a user may choose for a VM: one frozen value.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Policy {
@@ -58,6 +75,8 @@ pub struct Policy {
     pub population: Population,
     /// How much comes with a page that is touched.
     pub fault_around: FaultAround,
+    /// Where the worker that serves it runs, and how it waits.
+    pub placement: Placement,
     /// What happens to a VM whose page cannot be had.
     pub on_missing: OnMissing,
     /// A fault that is older is reported.
@@ -81,6 +100,7 @@ impl Default for Policy {
         Self {
             population: Population::None,
             fault_around: FaultAround::Auto,
+            placement: Placement::Auto,
             on_missing: OnMissing::Kill,
             stall_warning: Duration::from_secs(5),
             handshake_timeout: Duration::from_secs(5),

@@ -32,10 +32,12 @@ pub struct Served {
     pub more: bool,
     /// Parked faults are to be tried again then.
     pub due: Option<Instant>,
+    /// Faults that were taken.
+    pub faults: u32,
 }
 
 impl Served {
-    const NOTHING: Self = Self { more: false, due: None };
+    const NOTHING: Self = Self { more: false, due: None, faults: 0 };
 }
 
 impl Session {
@@ -45,7 +47,7 @@ impl Session {
             Some(guard) => self.serve_and_leave(guard, scratch),
             // Its holder serves what waits. The second look costs nothing that counts, and makes a mark that was missed a
             // matter of a millisecond instead of a hang.
-            None => Served { more: false, due: Some(Instant::now() + SECOND_LOOK) },
+            None => Served { due: Some(Instant::now() + SECOND_LOOK), ..Served::NOTHING },
         }
     }
 
@@ -82,7 +84,7 @@ impl Session {
                     self.gate.take_wanted();
                     self.serve_and_leave(again, scratch)
                 }
-                None => Served { more: false, due },
+                None => Served { due, ..Served::NOTHING },
             }
         };
         // The worker keeps the timers, and the turns.
@@ -97,7 +99,7 @@ impl Session {
         if self.end.get().is_some() {
             return Served::NOTHING;
         }
-        let (mut more, mut removed) = (false, 0u32);
+        let (mut more, mut removed, mut served) = (false, 0u32, 0);
         for _ in 0..BATCHES {
             self.stats.counters.reads.add(1);
             if core.delivery.take(&self.layout, &mut scratch.batch).is_err() {
@@ -109,6 +111,10 @@ impl Session {
                 self.removed(scratch.batch.removed[at].clone(), since);
             }
             let faults = scratch.batch.faults.len();
+            if faults > 0 && served == 0 {
+                self.stats.gaps.record(since.saturating_duration_since(core.served).as_nanos() as u64);
+            }
+            served += faults as u32;
             core.fresh.begin(faults);
             for at in 0..faults {
                 let fault = scratch.batch.faults[at];
@@ -135,7 +141,10 @@ impl Session {
             more |= self.bring_ahead(core, &mut scratch.bytes);
         }
         self.retry(core, scratch);
-        Served { more, due: core.waiting.due() }
+        if served > 0 {
+            core.served = Instant::now();
+        }
+        Served { more, due: core.waiting.due(), faults: served }
     }
 
     /// Whether a fault of a batch is over, since its page came with another one of the same batch.

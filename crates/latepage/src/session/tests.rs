@@ -369,6 +369,7 @@ impl Staged {
             waiting: WaitingRoom::new(8),
             around: Around::new(),
             fresh: Fresh::new(8),
+            served: Instant::now(),
             forked: Vec::new(),
             socket: None,
         });

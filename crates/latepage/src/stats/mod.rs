@@ -4,6 +4,7 @@
 
 mod by_class;
 mod counters;
+mod gaps;
 mod histogram;
 mod trace;
 
@@ -11,6 +12,7 @@ pub use by_class::{
     BOUNDS, CellSnapshot, FaultResult, FaultsByClass, FaultsByClassSnapshot, PageClass, bound,
 };
 pub use counters::{Counter, Counters, CountersSnapshot};
+pub use gaps::{Gaps, GapsSnapshot};
 pub use histogram::{BUCKETS, Histogram, HistogramSnapshot, bucket_range};
 pub use trace::{Reason, TraceEntry, TraceRead, TraceRing};
 
@@ -28,6 +30,8 @@ pub struct Stats {
     pub latency: Histogram,
     /// The same, coarser, by page class and result.
     pub by_class: FaultsByClass,
+    /// How long it was from one batch of faults to the next.
+    pub gaps: Gaps,
     /// Which pages came in, in what order, when and why.
     pub trace: TraceRing,
 }
@@ -39,6 +43,7 @@ impl Stats {
             counters: Counters::default(),
             latency: Histogram::new(),
             by_class: FaultsByClass::new(),
+            gaps: Gaps::default(),
             trace: TraceRing::new(trace_capacity),
         }
     }

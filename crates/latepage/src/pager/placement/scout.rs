@@ -1,0 +1,230 @@
+//! The scout: a thread that looks at VMs that fault a lot, and has their workers run where that pays. It sleeps while none does.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock, Weak};
+use std::thread::{JoinHandle, Thread};
+use std::time::{Duration, Instant};
+
+use super::super::Shared;
+use super::super::worker::Worker;
+use super::tasks::Tasks;
+use super::{Machine, On, Stance, decide};
+use crate::session::{Placement, Session};
+use crate::stats::GapsSnapshot;
+
+/// Between the first two looks; twice as long each time that nothing has changed.
+const SOON: Duration = Duration::from_millis(2);
+const SELDOM: Duration = Duration::from_millis(32);
+/// A worker that serves fewer faults a second is left alone: nobody would notice.
+const LIVELY: u64 = 500;
+/// Most of a worker's work: three quarters.
+const fn is_most(part: u64, all: u64) -> bool {
+    part * 4 >= all * 3
+}
+/// Looks without a lively worker after which it sleeps until it is called.
+const PATIENCE: u32 = 4;
+/// After it was called for nothing, it does not hear calls for so long; twice as long each time.
+const DEAF: Duration = Duration::from_millis(16);
+const DEAF_AT_MOST: Duration = Duration::from_secs(1);
+
+/// The side of the scout that workers see.
+#[derive(Debug)]
+pub(in crate::pager) struct Scout {
+    listens: AtomicBool,
+    stop: AtomicBool,
+    thread: OnceLock<Thread>,
+    machine: Machine,
+}
+
+impl Scout {
+    pub(in crate::pager) fn new() -> Self {
+        Self {
+            listens: AtomicBool::new(false),
+            stop: AtomicBool::new(false),
+            thread: OnceLock::new(),
+            machine: Machine::this(),
+        }
+    }
+
+    pub(in crate::pager) fn start(shared: &Arc<Shared>) -> std::io::Result<JoinHandle<()>> {
+        let weak = Arc::downgrade(shared);
+        let scout = Arc::clone(&shared.scout);
+        let this = Arc::clone(&scout);
+        let handle = std::thread::Builder::new()
+            .name("latepage-scout".to_owned())
+            .spawn(move || Round::new(this, weak).run())?;
+        // Nobody else sets it.
+        let _ = scout.thread.set(handle.thread().clone());
+        Ok(handle)
+    }
+
+    /// The machine that it knows.
+    pub(in crate::pager) fn machine(&self) -> &Machine {
+        &self.machine
+    }
+
+    /// There is something to see. Costs one load where the scout is up already, or does not want to know.
+    #[inline]
+    pub(in crate::pager) fn call(&self) {
+        if self.listens.load(Ordering::Relaxed) && self.listens.swap(false, Ordering::AcqRel) {
+            self.unpark();
+        }
+    }
+
+    pub(in crate::pager) fn stop(&self) {
+        self.stop.store(true, Ordering::Release);
+        self.unpark();
+    }
+
+    fn unpark(&self) {
+        if let Some(thread) = self.thread.get() {
+            thread.unpark();
+        }
+    }
+}
+
+/// A VM that keeps a worker busy.
+struct Watched {
+    /// Of its process; `None` where it cannot be seen, or is the pager's own.
+    tasks: Option<Tasks>,
+    gaps: GapsSnapshot,
+}
+
+impl Watched {
+    fn new(session: &Arc<Session>) -> Self {
+        let mut tasks = session.pid().filter(|pid| *pid != std::process::id()).map(Tasks::new);
+        // The first look only counts.
+        tasks.as_mut().map(Tasks::look);
+        Self { tasks, gaps: session.stats().gaps.snapshot() }
+    }
+}
+
+struct Round {
+    scout: Arc<Scout>,
+    shared: Weak<Shared>,
+    watched: HashMap<u64, Watched>,
+    /// How many faults each VM had had when it was last looked at.
+    counts: HashMap<u64, u64>,
+    looked: Instant,
+}
+
+impl Round {
+    fn new(scout: Arc<Scout>, shared: Weak<Shared>) -> Self {
+        Self { scout, shared, watched: HashMap::new(), counts: HashMap::new(), looked: Instant::now() }
+    }
+
+    fn run(&mut self) {
+        let mut deaf = DEAF;
+        while self.wait_for_call() {
+            let (mut idle, mut pause, mut lively) = (0, SOON, false);
+            self.count();
+            while idle < PATIENCE {
+                std::thread::park_timeout(pause);
+                if self.scout.stop.load(Ordering::Acquire) {
+                    return;
+                }
+                let Some(shared) = self.shared.upgrade() else { return };
+                let Seen { workers, changed } = self.look(&shared);
+                idle = if workers == 0 { idle + 1 } else { 0 };
+                lively |= workers > 0;
+                pause = if changed || workers == 0 { SOON } else { (pause * 2).min(SELDOM) };
+            }
+            self.watched.clear();
+            self.counts.clear();
+            deaf = if lively { DEAF } else { (deaf * 2).min(DEAF_AT_MOST) };
+            std::thread::park_timeout(deaf);
+        }
+    }
+
+    /// Sleeps until a worker has something to show. False once the pager ends.
+    fn wait_for_call(&self) -> bool {
+        self.scout.listens.store(true, Ordering::Release);
+        loop {
+            if self.scout.stop.load(Ordering::Acquire) {
+                return false;
+            }
+            if !self.scout.listens.load(Ordering::Acquire) {
+                return true;
+            }
+            std::thread::park();
+        }
+    }
+
+    /// Notes how many faults each VM has had.
+    fn count(&mut self) {
+        let Some(shared) = self.shared.upgrade() else { return };
+        self.counts.clear();
+        for session in shared.sessions().live.values() {
+            self.counts.insert(session.id(), session.stats().counters.faults.get());
+        }
+        self.looked = Instant::now();
+    }
+
+    fn look(&mut self, shared: &Shared) -> Seen {
+        let before = std::mem::take(&mut self.counts);
+        let least = LIVELY * self.looked.elapsed().as_micros() as u64 / 1_000_000;
+        self.count();
+        let workers = shared.workers.get().map_or(&[][..], Vec::as_slice);
+        let mut seen = Seen { workers: 0, changed: false };
+        for (number, worker) in workers.iter().enumerate() {
+            let mine = |id: &u64| *id as usize % workers.len() == number;
+            let news = self
+                .counts
+                .iter()
+                .filter(|(id, _)| mine(id))
+                .map(|(id, faults)| (faults - before.get(id).copied().unwrap_or(0).min(*faults), *id));
+            let (mut all, mut most) = (0, (0, 0));
+            for (faults, id) in news {
+                all += faults;
+                most = most.max((faults, id));
+            }
+            let lead = (all >= least.max(2) && is_most(most.0, all)).then_some(most.1);
+            let stance = match lead.and_then(|id| shared.sessions().live.get(&id).cloned()) {
+                None => Stance::BLOCK,
+                Some(session) => {
+                    seen.workers += 1;
+                    self.stance(&session)
+                }
+            };
+            seen.changed |= self.take(worker, stance);
+        }
+        seen
+    }
+
+    fn stance(&mut self, session: &Arc<Session>) -> Stance {
+        let placement = session.policy().placement;
+        let machine = &self.scout.machine;
+        let watched = self.watched.entry(session.id()).or_insert_with(|| Watched::new(session));
+        let needs_look = !matches!(placement, Placement::Spin | Placement::Core(_));
+        let look = watched.tasks.as_mut().filter(|_| needs_look).and_then(Tasks::look);
+        let now = session.stats().gaps.snapshot();
+        let gaps = now.since(&std::mem::replace(&mut watched.gaps, now));
+        let look = look.filter(|look| look.threads() > 0);
+        decide(placement, look.as_ref(), &gaps, machine)
+    }
+
+    /// Has a worker take a stance. Whether it had another one.
+    fn take(&self, worker: &Worker, stance: Stance) -> bool {
+        if worker.stance() == stance {
+            return false;
+        }
+        let machine = &self.scout.machine;
+        let moved = match stance.on {
+            On::Any => worker.run_on(machine.allowed()),
+            On::Node(node) => worker.run_on(machine.node(node)),
+            On::Core(core) => worker.run_on(&[core].into_iter().collect()),
+        };
+        // A core that has just been taken away from us: the worker stays where it is, and the next look finds another.
+        worker.set_stance(if moved.is_ok() { stance } else { Stance::BLOCK });
+        true
+    }
+}
+
+/// What a look came to.
+struct Seen {
+    /// Workers that one VM keeps busy.
+    workers: usize,
+    /// Whether one of them took another stance.
+    changed: bool,
+}
