@@ -27,6 +27,11 @@ demo: build ## restore one VM three ways and draw where its time went (results i
 	@bash tools/machine.sh demo
 	@$(BIN)/latepage demo --output demo
 
+.PHONY: bench
+bench: build ## how fast it is beside this machine's limit; tables, pictures and figures in bench/, in under ten minutes
+	@mkdir -p bench
+	@$(BIN)/latepage bench all --json bench/figures.json --output bench
+
 .PHONY: test
 test: test-rust test-loom test-python ## every test: Rust, loom, Python
 
@@ -94,7 +99,7 @@ lock: build ## look for newer Python packages and write requirements.lock anew
 
 .PHONY: clean
 clean: ## remove everything that was built
-	rm -rf $(VENV) target demo dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) target bench demo dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find python tests tools -name __pycache__ -prune -exec rm -rf {} +
 	rm -f python/latepage/_core*.so
 

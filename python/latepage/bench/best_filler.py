@@ -1,0 +1,108 @@
+"""The best way to fill a VM by userfaultfd in C, by trying what one would try: around a fault, ahead of it, where, how."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+from latepage.bench.machine import LackingError, two_cores
+from latepage.memory import format_size
+
+__all__ = ["Filler", "best_filler"]
+
+KIB, MIB = 1 << 10, 1 << 20
+
+FINALISTS = 3
+"""How many are run again, so that no single lucky run decides."""
+
+
+@dataclass(frozen=True, slots=True)
+class Filler:
+    """How limit/filler.c goes about it.
+
+    Attributes:
+        around: bytes that are copied around a fault.
+        chunk: bytes of each copy of a second thread that brings everything in order; 0 for none.
+        same_core: whether the guest and the thread that serves it are pinned to one core; else the scheduler decides.
+        words: other options of the program.
+    """
+
+    around: int
+    chunk: int = 0
+    same_core: bool = False
+    words: tuple[str, ...] = ()
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """The program's."""
+        pinned = (f"cpu={_core()}",) if self.same_core else ()
+        return (f"around={self.around}", f"chunk={self.chunk}", *pinned, *self.words)
+
+    @property
+    def guest(self) -> tuple[str, ...]:
+        """The guest's."""
+        return (f"cpu={_core()}",) if self.same_core else ()
+
+    def __str__(self) -> str:
+        parts = [
+            f"{format_size(self.around)} around a fault",
+            f"all the rest by {format_size(self.chunk)}" if self.chunk else "",
+            "on the guest's core" if self.same_core else "",
+            *self.words,
+        ]
+        return ", ".join(part for part in parts if part)
+
+
+def _core() -> int:
+    try:
+        return two_cores()[0]
+    except LackingError:
+        return 0
+
+
+def candidates(*, random: bool, cold: bool) -> list[Filler]:
+    """What is worth a try: many for what is touched at random, larger pieces for what is touched in sequence."""
+    if cold:
+        rest = [Filler(16 * KIB), Filler(64 * KIB), Filler(64 * KIB, words=("ahead",))]
+        rest += [Filler(64 * KIB, chunk, words=words) for chunk in (512 * KIB, 2 * MIB) for words in ((), ("read",), ("ahead",))]
+        rest += [Filler(4 * KIB)] if random else [Filler(512 * KIB, words=("ahead",)), Filler(2 * MIB, words=("read",))]
+        return rest
+    mapped = ("populate",)
+    arounds = (4 * KIB, 16 * KIB, 64 * KIB, 256 * KIB) if random else (64 * KIB, 512 * KIB, 2 * MIB)
+    found = [Filler(around, same_core=same, words=mapped) for around in arounds for same in (False, True)]
+    found += [Filler(64 * KIB, chunk, words=mapped) for chunk in (64 * KIB, 512 * KIB, 4 * MIB)]
+    found += [Filler(64 * KIB, 512 * KIB, same_core=True, words=mapped)]
+    return found
+
+
+def best_filler(
+    run: Callable[[Filler], float],
+    *,
+    random: bool,
+    cold: bool,
+    few: bool,
+    tell: Callable[[float, str], None],
+) -> tuple[Filler, str]:
+    """The one that takes least time.
+
+    Args:
+        run: restores once, and says how long it took.
+        random: whether the guest touches at random.
+        cold: whether the file is on the disk.
+        few: try two only.
+        tell: is told how far the search is.
+
+    Returns:
+        It, and its description.
+    """
+    tried = candidates(random=random, cold=cold)[: 2 if few else None]
+    steps, took = len(tried) + 2 * FINALISTS, {}
+    for number, filler in enumerate(tried):
+        tell(number / steps, f"look for the best C: {filler}")
+        took[filler] = [run(filler)]
+    finalists = sorted(tried, key=lambda filler: took[filler][0])[:FINALISTS]
+    for again in range(2):
+        for number, filler in enumerate(finalists):
+            tell((len(tried) + again * FINALISTS + number) / steps, f"look for the best C: {filler}")
+            took[filler].append(run(filler))
+    best = min(finalists, key=lambda filler: median(took[filler]))
+    return best, str(best)

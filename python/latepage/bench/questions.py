@@ -1,0 +1,45 @@
+"""The questions that can be asked."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from latepage.bench.bench import Bench
+    from latepage.bench.figures import Figure
+
+__all__ = ["QUESTIONS", "Question"]
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A bench.
+
+    Attributes:
+        name: its name on the command line, and its module here.
+        asks: what it measures, in a line.
+    """
+
+    name: str
+    asks: str
+
+    def measure(self, bench: "Bench") -> "list[Figure]":
+        """Runs it, and gives its figures.
+
+        Raises:
+            LatepageError: something failed.
+            LackingError: the machine lacks what all of it takes.
+        """
+        figures: list[Figure] = import_module(f"latepage.bench.{self.name}").measure(bench)
+        return figures
+
+
+# A question is one file beside this one, with its ways and its bounds, and one line here.
+QUESTIONS: Mapping[str, Question] = {
+    question.name: question
+    for question in (
+        Question("faults", "how long a guest's thread waits for one page of 4 KiB, by install and by placement"),
+        Question("restore", "how soon a restored guest has touched a tenth of its memory, or all of it"),
+    )
+}

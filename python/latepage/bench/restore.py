@@ -1,0 +1,154 @@
+"""A VM restored until its guest has touched a tenth of its memory at random, or all of it in sequence.
+
+A word a page, so that the guest's own time hides nothing; from before the VM connects to the last touch, with the pager up
+already. The memory file is in the page cache (hot) or was dropped from it (cold). `best_filler` says what the best C is.
+"""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from latepage.bench.bench import Bench
+from latepage.bench.best_filler import Filler, best_filler
+from latepage.bench.figures import Figure, Metric
+from latepage.bench.machine import LackingError, need_userfaultfd
+from latepage.bench.memory_file import cool, warm
+from latepage.bench.processes import Pager, ask, server
+from latepage.bench.rounds import Run, Way
+
+__all__ = ["measure"]
+
+TIME = Metric("time", "ms")
+ROUNDS = 5
+
+BEST, ONE_PAGE, LAZY, READ = "best C by userfaultfd", "C, a page a fault", "lazy mmap", "read in first"
+
+WAYS = {"as it is": (), "background": ("--populate", "background")}
+"""Flags of `latepage serve`, by what figures call them."""
+
+BOUNDED = ("as it is",)
+"""The ways of which the bounds are demanded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What the guest touches, and where the memory file is then.
+
+    Attributes:
+        name: what figures call it.
+        random: whether a tenth at random, or all in sequence.
+        cold: whether the file has been dropped from the page cache.
+        bounds: what our time must not exceed, by peer.
+    """
+
+    name: str
+    random: bool
+    cold: bool
+    bounds: Mapping[str, float | None]
+
+
+CASES = (
+    Case("a tenth, hot", random=True, cold=False, bounds={BEST: 1.15, ONE_PAGE: None, LAZY: None, READ: None}),
+    Case("in sequence, hot", random=False, cold=False, bounds={BEST: 1.15, ONE_PAGE: 0.25, LAZY: None, READ: None}),
+    Case("a tenth, cold", random=True, cold=True, bounds={BEST: 1.15, ONE_PAGE: None, LAZY: 1.0, READ: None}),
+    Case("in sequence, cold", random=False, cold=True, bounds={BEST: 1.15, ONE_PAGE: 0.25, LAZY: 1.0, READ: None}),
+)
+
+
+def measure(bench: Bench) -> list[Figure]:
+    """Runs it."""
+    need_userfaultfd()
+    figures: list[Figure] = []
+    memory = bench.memory_file(bench.sized(256 << 20, 4 << 20))
+    for number, case in enumerate(CASES):
+        part = (number / len(CASES), (number + 1) / len(CASES))
+        try:
+            figures += Restores(bench, memory, case).measure(part)
+        except LackingError as why:
+            bench.leave_out(f"restore, {case.name}", why)
+    return figures
+
+
+class Restores:
+    """The ways of one case."""
+
+    def __init__(self, bench: Bench, memory: Path, case: Case) -> None:
+        self.bench, self.memory, self.case = bench, memory, case
+        self.size = memory.stat().st_size
+        self.limit = bench.folder / "limit.sock"
+
+    def measure(self, part: tuple[float, float]) -> list[Figure]:
+        """All of its figures."""
+        case, middle = self.case, part[0] + 0.3 * (part[1] - part[0])
+        self.settle()
+        best, name = best_filler(
+            lambda filler: self._filled(filler)["time"],
+            random=case.random,
+            cold=case.cold,
+            few=self.bench.quick,
+            tell=lambda share, what: self.bench.tell(part[0] + share * (middle - part[0]), f"{case.name}: {what}"),
+        )
+        self.bench.say(f"restore, {case.name}: the best C is {name}")
+        with ExitStack() as stack:
+            ways = [
+                Way(BEST, lambda: self._filled(best), peer=True),
+                Way(ONE_PAGE, self._one_page, peer=True),
+                Way(LAZY, lambda: self._alone("map"), peer=True),
+                Way(READ, lambda: self._alone("read"), peer=True),
+                *(Way(f"{case.name}, {name}", self._ours(stack, flags)) for name, flags in WAYS.items()),
+            ]
+            rounds = self.bench.in_turns("restore", ways, ROUNDS, (middle, part[1]))
+        figures: list[Figure] = []
+        for name in WAYS:
+            bounds = case.bounds if name in BOUNDED else dict.fromkeys(case.bounds)
+            figures += rounds.figures(f"{case.name}, {name}", TIME, bounds)
+        return figures
+
+    def settle(self) -> None:
+        """Brings the memory file to where the case wants it."""
+        if self.case.cold:
+            cool(self.memory)
+        else:
+            warm(self.memory)
+
+    def guest(self, origin: str, place: Path, *more: str) -> Mapping[str, float]:
+        """Restores once."""
+        touches = self.size // 4096 // (10 if self.case.random else 1)
+        order = ("random",) if self.case.random else ()
+        said: dict[str, Any] = ask(
+            self.bench.programs["guest"], origin, place, str(self.size), f"touches={touches}", *order, *more
+        )  # fmt: skip
+        return {"time": said["ns"] / 1e6}
+
+    def _alone(self, origin: str) -> Mapping[str, float]:
+        self.settle()
+        return self.guest(origin, self.memory)
+
+    def _served(self, program: str, options: tuple[str, ...], guest: tuple[str, ...] = ()) -> Mapping[str, float]:
+        command: tuple[str | Path, ...] = (self.bench.programs[program], self.limit, self.memory, str(self.size), *options)
+        # Programs that map a hot file do so before anybody connects; a cold one is dropped when they are up.
+        if not self.case.cold:
+            self.settle()
+        with server(*command, socket=self.limit):
+            if self.case.cold:
+                self.settle()
+            return self.guest("copy", self.limit, *guest)
+
+    def _one_page(self) -> Mapping[str, float]:
+        return self._served("server", ("cold",) if self.case.cold else ())
+
+    def _filled(self, filler: Filler) -> Mapping[str, float]:
+        return self._served("filler", filler.options, filler.guest)
+
+    def _ours(self, stack: ExitStack, flags: tuple[str, ...]) -> Run:
+        pager = stack.enter_context(Pager(self.bench.socket(), self.memory, *flags))
+
+        def run() -> Mapping[str, float]:
+            self.settle()
+            took = self.guest("copy", pager.socket)
+            pager.event("ended")
+            return took
+
+        return run
