@@ -11,8 +11,8 @@ __all__ = ["Filler", "best_filler"]
 
 KIB, MIB = 1 << 10, 1 << 20
 
-FINALISTS = 3
-"""How many are run again, so that no single lucky run decides."""
+FINALISTS, AGAIN = 4, 3
+"""How many are run so many times more, so that no single run decides, lucky or not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +62,10 @@ def _core() -> int:
 def candidates(*, random: bool, cold: bool) -> list[Filler]:
     """What is worth a try: many for what is touched at random, larger pieces for what is touched in sequence."""
     if cold:
-        rest = [Filler(16 * KIB), Filler(64 * KIB), Filler(64 * KIB, words=("ahead",))]
-        rest += [Filler(64 * KIB, chunk, words=words) for chunk in (512 * KIB, 2 * MIB) for words in ((), ("read",), ("ahead",))]
-        rest += [Filler(4 * KIB)] if random else [Filler(512 * KIB, words=("ahead",)), Filler(2 * MIB, words=("read",))]
+        rest = [Filler(64 * KIB), Filler(64 * KIB, words=("ahead",))]
+        rest += [Filler(4 * KIB), Filler(16 * KIB)] if random else [Filler(512 * KIB, words=("ahead",)), Filler(2 * MIB)]
+        for words in ((), ("read",), ("ahead",), ("direct", "threads=2"), ("direct", "threads=4")):
+            rest += [Filler(64 * KIB, chunk, words=words) for chunk in (512 * KIB, 2 * MIB)]
         return rest
     mapped = ("populate",)
     arounds = (4 * KIB, 16 * KIB, 64 * KIB, 256 * KIB) if random else (64 * KIB, 512 * KIB, 2 * MIB)
@@ -95,14 +96,21 @@ def best_filler(
         It, and its description.
     """
     tried = candidates(random=random, cold=cold)[: 2 if few else None]
-    steps, took = len(tried) + 2 * FINALISTS, {}
-    for number, filler in enumerate(tried):
-        tell(number / steps, f"look for the best C: {filler}")
-        took[filler] = [run(filler)]
-    finalists = sorted(tried, key=lambda filler: took[filler][0])[:FINALISTS]
-    for again in range(2):
-        for number, filler in enumerate(finalists):
-            tell((len(tried) + again * FINALISTS + number) / steps, f"look for the best C: {filler}")
+    took: dict[Filler, list[float]] = {filler: [] for filler in tried}
+    steps = 2 * len(tried) + AGAIN * FINALISTS
+    done = 0
+
+    def try_all(fillers: list[Filler]) -> None:
+        nonlocal done
+        for filler in fillers:
+            tell(done / steps, f"look for the best C: {filler}")
             took[filler].append(run(filler))
+            done += 1
+
+    try_all(tried)
+    try_all(tried)
+    finalists = sorted(tried, key=lambda filler: min(took[filler]))[:FINALISTS]
+    for _ in range(AGAIN):
+        try_all(finalists)
     best = min(finalists, key=lambda filler: median(took[filler]))
     return best, str(best)

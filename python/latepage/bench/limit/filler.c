@@ -3,12 +3,14 @@
  *   filler SOCKET FILE BYTES [option]...
  *
  *   around=BYTES (4096)  the aligned window around a fault that is copied in one go
- *   chunk=BYTES (0)      a second thread copies everything, chunk by chunk; 0: only what is touched comes
+ *   chunk=BYTES (0)      other threads copy everything, chunk by chunk; 0: only what is touched comes
+ *   threads=N (1)        so many of them
  *   spin                 the thread of the faults spins on read(2) instead of blocking in poll(2)
  *   cpu=N                the thread of the faults stays there
  *   populate             the file is mapped page by page before anybody connects: for files in the page cache
- *   ahead                a third thread has the kernel read the file from the disk, in order
+ *   ahead                another thread has the kernel read the file from the disk, in order
  *   read                 contents are read(2) into a buffer instead of copied from a mapping
+ *   direct               the same, past the page cache
  *
  * A byte a page says who brings it, so that no page is copied twice and no copy stops in its middle. */
 #include <pthread.h>
@@ -17,7 +19,7 @@
 
 static struct served vm;
 static unsigned char *claimed;
-static uint64_t around, chunk;
+static uint64_t around, chunk, next_chunk;
 static int file, reading;
 
 /* The pages of [from, to) that nobody has claimed yet, copied as runs. */
@@ -53,7 +55,7 @@ static void bring(uint64_t from, uint64_t to, char *buffer)
 static void *populate(void *argument)
 {
 	char *buffer = argument;
-	for (uint64_t at = 0; at < vm.bytes; at += chunk)
+	for (uint64_t at; (at = __atomic_fetch_add(&next_chunk, chunk, __ATOMIC_RELAXED)) < vm.bytes;)
 		bring(at, at + chunk < vm.bytes ? at + chunk : vm.bytes, buffer);
 	return NULL;
 }
@@ -82,22 +84,26 @@ int main(int count, char **arguments)
 	uint64_t bytes = strtoul(arguments[3], NULL, 10);
 	around = (uint64_t)option(arguments, "around", PAGE);
 	chunk = (uint64_t)option(arguments, "chunk", 0);
-	reading = given(arguments, "read");
+	int direct = given(arguments, "direct"), threads = (int)option(arguments, "threads", 1);
+	reading = direct || given(arguments, "read");
+	CHECK(threads <= 16);
 	int spin = given(arguments, "spin");
 	const char *contents = contents_of(arguments[2], bytes, given(arguments, "populate"));
-	file = open(arguments[2], O_RDONLY | O_CLOEXEC);
+	file = open(arguments[2], O_RDONLY | O_CLOEXEC | (direct ? O_DIRECT : 0));
 	claimed = calloc(bytes / PAGE, 1);
 	CHECK(file >= 0 && claimed);
 	memset(claimed, 0, bytes / PAGE);
-	char *buffers[2] = {make_buffer(around), make_buffer(chunk)};
+	char *buffers[17] = {make_buffer(around)};
+	for (int i = 1; chunk && i <= threads; i++)
+		buffers[i] = make_buffer(chunk);
 	int listener = listen_at(arguments[1]);
 	vm = attach(listener);
 	vm.contents = contents;
 	pthread_t populator, reader;
 	if (given(arguments, "ahead"))
 		CHECK(pthread_create(&reader, NULL, read_ahead, NULL) == 0);
-	if (chunk)
-		CHECK(pthread_create(&populator, NULL, populate, buffers[1]) == 0);
+	for (int i = 1; chunk && i <= threads; i++)
+		CHECK(pthread_create(&populator, NULL, populate, buffers[i]) == 0);
 	stay_on((int)option(arguments, "cpu", -1));
 	struct pollfd polled = {.fd = vm.userfaultfd, .events = POLLIN};
 	for (;;) {

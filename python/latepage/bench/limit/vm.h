@@ -32,8 +32,8 @@ static inline int make_userfaultfd(uint64_t features)
 	return fd;
 }
 
-/* Memory that is registered and that nobody serves yet. */
-static inline struct vm make_vm(enum form form, size_t bytes, long page_size)
+/* Memory that is registered and that nobody serves yet; at a place that is reserved for it, or anywhere (NULL). */
+static inline struct vm make_vm_at(char *place, enum form form, size_t bytes, long page_size)
 {
 	struct vm vm = {.bytes = bytes, .page_size = page_size, .memfd = -1, .socket = -1};
 	int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | (page_size > (long)PAGE ? MAP_HUGETLB : 0);
@@ -46,12 +46,17 @@ static inline struct vm make_vm(enum form form, size_t bytes, long page_size)
 		features |= UFFD_FEATURE_MINOR_SHMEM;
 		mode |= UFFDIO_REGISTER_MODE_MINOR;
 	}
-	vm.memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, flags, vm.memfd, 0);
+	vm.memory = mmap(place, bytes, PROT_READ | PROT_WRITE, flags | (place ? MAP_FIXED : 0), vm.memfd, 0);
 	CHECK(vm.memory != MAP_FAILED);
 	vm.userfaultfd = make_userfaultfd(features);
 	struct uffdio_register range = {.range = {.start = (uintptr_t)vm.memory, .len = bytes}, .mode = mode};
 	CHECK(ioctl(vm.userfaultfd, UFFDIO_REGISTER, &range) == 0);
 	return vm;
+}
+
+static inline struct vm make_vm(enum form form, size_t bytes, long page_size)
+{
+	return make_vm_at(NULL, form, bytes, page_size);
 }
 
 /* connect(2), and one message with the descriptors. Whoever listens serves from now on. */

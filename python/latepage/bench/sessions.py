@@ -1,0 +1,116 @@
+"""What many VMs in one pager cost: CPU a fault as their number grows, memory for each, and CPU while all are idle.
+
+A steady trickle of faults, the same in all, goes over the VMs in turns. Each page is a fault of its own: ours are told to bring
+nothing beside it.
+"""
+
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+
+from latepage.bench.bench import Bench
+from latepage.bench.figures import Figure, Metric, hold_against
+from latepage.bench.machine import LackingError, descriptors, need_userfaultfd
+from latepage.bench.processes import Pager
+from latepage.bench.rounds import Way
+from latepage.bench.talker import Talker
+
+__all__ = ["measure"]
+
+CPU, IDLE, MEMORY = Metric("CPU a fault", "µs"), Metric("CPU while idle", "% of a core"), Metric("memory a VM", "KiB")
+ROUNDS = 7
+SIZE = 2 << 20
+RATE = 500
+"""Faults a second, over all VMs."""
+
+MANY = 1000
+BOUND = 1.2
+"""CPU a fault with the most VMs, to that with one."""
+
+
+@dataclass(slots=True)
+class Crowd:
+    """So many VMs, and their pager.
+
+    Attributes:
+        number: how many VMs.
+        pager: theirs.
+        vms: the program that is all of them.
+        memory: bytes by which the pager grew for each.
+    """
+
+    number: int
+    pager: Pager
+    vms: Talker
+    memory: float
+
+    def trickle(self, touches: int) -> Mapping[str, float]:
+        """CPU a fault, from a trickle."""
+        if self.number * SIZE // 4096 < 100 * touches:
+            # Few VMs have not enough pages for all rounds: new ones, and the first touch of each is over before it counts.
+            self.vms.ask("renew")
+            self._started()
+        self.vms.ask(f"trickle {RATE} {min(self.number, touches)}")
+        before = self.pager.cpu_seconds()
+        self.vms.ask(f"trickle {RATE} {touches}")
+        return {CPU.name: 1e6 * (self.pager.cpu_seconds() - before) / touches}
+
+    def idle(self, seconds: float) -> Mapping[str, float]:
+        """CPU while nothing happens."""
+        before, began = self.pager.cpu_seconds(), time.monotonic()
+        time.sleep(seconds)
+        return {IDLE.name: 100 * (self.pager.cpu_seconds() - before) / (time.monotonic() - began)}
+
+    def _started(self) -> None:
+        for _ in range(self.number):
+            self.pager.event("session-started")
+
+
+def measure(bench: Bench) -> list[Figure]:
+    """Runs it."""
+    need_userfaultfd()
+    touches = bench.sized(400, 20)
+    with ExitStack() as stack:
+        crowds = _crowds(bench, stack)
+        ways = [Way(_name(crowd.number), partial(crowd.trickle, touches), peer=crowd.number == 1) for crowd in crowds]
+        most = crowds[-1]
+        ways.append(Way(f"{_name(most.number)}, idle", partial(most.idle, bench.sized(1.0, 0.1))))
+        rounds = bench.in_turns("sessions", ways, ROUNDS)
+    figures: list[Figure] = []
+    for crowd in crowds[1:]:
+        bound = BOUND if crowd is most else None
+        figures += rounds.figures(_name(crowd.number), CPU, {_name(1): bound})
+    if most.number > 1:
+        figures.append(rounds.against(f"{_name(most.number)}, idle", IDLE, "demanded", 1.0))
+        table = SIZE // 4096
+        figures.append(
+            hold_against("sessions", _name(most.number), MEMORY, [most.memory / 1024], "state table + 64 KiB", table / 1024 + 64)
+        )
+    return figures
+
+
+def _name(number: int) -> str:
+    return f"{number:,} VM" + ("s" if number > 1 else "")
+
+
+def _crowds(bench: Bench, stack: ExitStack) -> list[Crowd]:
+    memory = bench.memory_file(SIZE)
+    found = []
+    for number in bench.sized((1, 10, 100, MANY), (1, 10)):
+        bench.tell(0.0, f"start {_name(number)}")
+        try:
+            descriptors(10 * number + 500)
+        except LackingError as why:
+            bench.leave_out(f"sessions, {_name(number)}", why)
+            continue
+        pager = stack.enter_context(Pager(bench.socket(), memory, "--fault-around", "4KiB"))
+        before = pager.resident()
+        vms = stack.enter_context(Talker(bench.programs["crowd"], pager.socket, str(number), str(SIZE)))
+        for _ in range(number):
+            pager.event("session-started")
+        # A fault for each, so that whatever a VM's first fault takes is there.
+        vms.ask(f"trickle 5000 {number}")
+        found.append(Crowd(number, pager, vms, (pager.resident() - before) / number))
+    return found
