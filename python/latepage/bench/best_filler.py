@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 
-from latepage.bench.machine import LackingError, two_cores
+from latepage.bench.machine import cores
 from latepage.memory import format_size
 
 __all__ = ["Filler", "best_filler"]
@@ -34,13 +34,13 @@ class Filler:
     @property
     def options(self) -> tuple[str, ...]:
         """The program's."""
-        pinned = (f"cpu={_core()}",) if self.same_core else ()
+        pinned = () if self.core is None else (f"cpu={self.core}",)
         return (f"around={self.around}", f"chunk={self.chunk}", *pinned, *self.words)
 
     @property
-    def guest(self) -> tuple[str, ...]:
-        """The guest's."""
-        return (f"cpu={_core()}",) if self.same_core else ()
+    def core(self) -> int | None:
+        """Where both are pinned, if they are."""
+        return cores()[-1] if self.same_core else None
 
     def __str__(self) -> str:
         parts = [
@@ -50,13 +50,6 @@ class Filler:
             *self.words,
         ]
         return ", ".join(part for part in parts if part)
-
-
-def _core() -> int:
-    try:
-        return two_cores()[0]
-    except LackingError:
-        return 0
 
 
 def candidates(*, random: bool, cold: bool) -> list[Filler]:
@@ -82,7 +75,7 @@ def best_filler(
     cold: bool,
     few: bool,
     tell: Callable[[float, str], None],
-) -> tuple[Filler, str]:
+) -> Filler:
     """The one that takes least time.
 
     Args:
@@ -91,9 +84,6 @@ def best_filler(
         cold: whether the file is on the disk.
         few: try two only.
         tell: is told how far the search is.
-
-    Returns:
-        It, and its description.
     """
     tried = candidates(random=random, cold=cold)[: 2 if few else None]
     took: dict[Filler, list[float]] = {filler: [] for filler in tried}
@@ -112,5 +102,4 @@ def best_filler(
     finalists = sorted(tried, key=lambda filler: min(took[filler]))[:FINALISTS]
     for _ in range(AGAIN):
         try_all(finalists)
-    best = min(finalists, key=lambda filler: median(took[filler]))
-    return best, str(best)
+    return min(finalists, key=lambda filler: median(took[filler]))

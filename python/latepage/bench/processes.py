@@ -73,13 +73,13 @@ class Pager:
         self._process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=self._said, stdin=subprocess.DEVNULL, text=True, process_group=0
         )
-        if cores is not None:
-            # It has no other threads yet, and those that it makes inherit this.
-            os.sched_setaffinity(self._process.pid, cores)
         self._events: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         try:
+            if cores is not None:
+                # It has no other threads yet, and those that it makes inherit this.
+                os.sched_setaffinity(self._process.pid, cores)
             self.event("listening")
         except BaseException:
             self.end()

@@ -16,6 +16,7 @@ from latepage.bench.figures import Figure, Metric
 from latepage.bench.machine import LackingError, need_userfaultfd
 from latepage.bench.memory_file import cool, warm
 from latepage.bench.processes import Pager, ask, server
+from latepage.bench.restore_kvm import measure_kvm
 from latepage.bench.rounds import Run, Way
 
 __all__ = ["measure"]
@@ -49,12 +50,17 @@ class Case:
     bounds: Mapping[str, float | None]
 
 
+IN_SEQUENCE = "in sequence, hot"
+
 CASES = (
     Case("a tenth, hot", random=True, cold=False, bounds={BEST: 1.15, ONE_PAGE: None, LAZY: None, READ: None}),
-    Case("in sequence, hot", random=False, cold=False, bounds={BEST: 1.15, ONE_PAGE: 0.25, LAZY: None, READ: None}),
+    Case(IN_SEQUENCE, random=False, cold=False, bounds={BEST: 1.15, ONE_PAGE: 0.25, LAZY: None, READ: None}),
     Case("a tenth, cold", random=True, cold=True, bounds={BEST: 1.15, ONE_PAGE: None, LAZY: 1.0, READ: None}),
     Case("in sequence, cold", random=False, cold=True, bounds={BEST: 1.15, ONE_PAGE: 0.25, LAZY: 1.0, READ: None}),
 )
+
+SHARE = 0.8 / len(CASES)
+"""Of the question's time, for each; the rest is KVM's."""
 
 
 def measure(bench: Bench) -> list[Figure]:
@@ -62,12 +68,20 @@ def measure(bench: Bench) -> list[Figure]:
     need_userfaultfd()
     figures: list[Figure] = []
     memory = bench.memory_file(bench.sized(256 << 20, 4 << 20))
+    fillers: dict[str, Filler] = {}
     for number, case in enumerate(CASES):
-        part = (number / len(CASES), (number + 1) / len(CASES))
+        restores = Restores(bench, memory, case)
         try:
-            figures += Restores(bench, memory, case).measure(part)
+            fillers[case.name] = restores.best((number * SHARE, (number + 0.3) * SHARE))
+            figures += restores.measure(fillers[case.name], ((number + 0.3) * SHARE, (number + 1) * SHARE))
         except LackingError as why:
             bench.leave_out(f"restore, {case.name}", why)
+    try:
+        # One handler's page a fault takes little beside what an emulated guest takes by itself: its bound is for threads.
+        peers = {BEST: 1.15, ONE_PAGE: None, LAZY: None}
+        figures += measure_kvm(bench, fillers[IN_SEQUENCE], peers, (), (len(CASES) * SHARE, 1.0))
+    except LackingError as why:
+        bench.leave_out("restore, KVM", why)
     return figures
 
 
@@ -79,18 +93,23 @@ class Restores:
         self.size = memory.stat().st_size
         self.limit = bench.folder / "limit.sock"
 
-    def measure(self, part: tuple[float, float]) -> list[Figure]:
-        """All of its figures."""
-        case, middle = self.case, part[0] + 0.3 * (part[1] - part[0])
+    def best(self, part: tuple[float, float]) -> Filler:
+        """The best C by userfaultfd."""
+        case = self.case
         self.settle()
-        best, name = best_filler(
+        best = best_filler(
             lambda filler: self._filled(filler)["time"],
             random=case.random,
             cold=case.cold,
             few=self.bench.quick,
-            tell=lambda share, what: self.bench.tell(part[0] + share * (middle - part[0]), f"{case.name}: {what}"),
+            tell=lambda share, what: self.bench.tell(part[0] + share * (part[1] - part[0]), f"{case.name}: {what}"),
         )
-        self.bench.say(f"restore, {case.name}: the best C is {name}")
+        self.bench.say(f"restore, {case.name}: the best C is {best}")
+        return best
+
+    def measure(self, best: Filler, part: tuple[float, float]) -> list[Figure]:
+        """All of its figures."""
+        case = self.case
         with ExitStack() as stack:
             ways = [
                 Way(BEST, lambda: self._filled(best), peer=True),
@@ -99,7 +118,7 @@ class Restores:
                 Way(READ, lambda: self._alone("read"), peer=True),
                 *(Way(f"{case.name}, {name}", self._ours(stack, flags)) for name, flags in WAYS.items()),
             ]
-            rounds = self.bench.in_turns("restore", ways, ROUNDS, (middle, part[1]))
+            rounds = self.bench.in_turns("restore", ways, ROUNDS, part)
         figures: list[Figure] = []
         for name in WAYS:
             bounds = case.bounds if name in BOUNDED else dict.fromkeys(case.bounds)
@@ -140,7 +159,8 @@ class Restores:
         return self._served("server", ("cold",) if self.case.cold else ())
 
     def _filled(self, filler: Filler) -> Mapping[str, float]:
-        return self._served("filler", filler.options, filler.guest)
+        pinned = () if filler.core is None else (f"cpu={filler.core}",)
+        return self._served("filler", filler.options, pinned)
 
     def _ours(self, stack: ExitStack, flags: tuple[str, ...]) -> Run:
         pager = stack.enter_context(Pager(self.bench.socket(), self.memory, *flags))

@@ -25,6 +25,8 @@ from latepage.errors import LatepageError
 
 __all__ = ["app"]
 
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 app = App(
     name="bench",
     help_epilogue="Every figure is a ratio to a peer or to the machine's limit (minimal C programs, compiled for the run), taken "
@@ -88,7 +90,7 @@ def _ask(question: Question, rounds: int | None, output: Path | None, *, quick: 
     console = Console(stderr=True)
     shown = Progress(
         TextColumn("{task.description:<60}"), BarColumn(), TextColumn("{task.percentage:3.0f} %"), TimeElapsedColumn(),
-        console=console, transient=True,
+        console=console, transient=True, disable=not console.is_terminal,
     )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="latepage-bench-") as folder, shown:
         task = shown.add_task(question.name, total=1.0)
@@ -146,14 +148,15 @@ def _misunderstood(question: str, json: Path | None, rounds: int | None, output:
 
 @contextmanager
 def _ending_in_order() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the command as Ctrl-C does: processes are ended and files removed on the way out."""
+    """However it is ended, processes are ended and files removed on the way out."""
 
     def end(number: int, _frame: FrameType | None) -> None:
-        # Once is enough: what is tidied up meanwhile should not be cut short.
-        signal.signal(number, signal.SIG_IGN)
+        # Once is enough: what is tidied up meanwhile must not be cut short.
+        for each in ENDING:
+            signal.signal(each, signal.SIG_IGN)
         sys.exit(128 + number)
 
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {number: signal.signal(number, end) for number in ENDING}
     try:
         yield
     finally:
