@@ -10,6 +10,9 @@ from latepage.observe.picture import FAINT, INK, MUTED, heading, picture
 
 __all__ = ["draw"]
 
+LEAST = 0.001
+"""Where ratios below it are drawn."""
+
 HOLDS, OVER, PLAIN = "#0f7a6c", "#c2571a", "#8a97a3"
 
 
@@ -42,11 +45,13 @@ def draw(question: str, asks: str, figures: Sequence[Figure], path: Path) -> Non
 
 def _frame(axes: Any, figures: Sequence[Figure]) -> None:
     axes.set_xscale("log")
-    ratios = [figure.ratio for figure in figures] + [figure.allowed for figure in figures if figure.allowed]
+    ratios = [max(LEAST, figure.ratio) for figure in figures] + [figure.allowed for figure in figures if figure.allowed]
     low, high = min([0.5, *ratios]) / 1.3, max([2.0, *ratios]) * 1.3
     axes.set_xlim(low, high)
     axes.set_ylim(-0.6, len(figures) - 0.4)
-    ticks = [tick for tick in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if low <= tick <= high]
+    ticks = [
+        tick for tick in (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if low <= tick <= high
+    ]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.set_yticks([])
@@ -59,8 +64,9 @@ def _frame(axes: Any, figures: Sequence[Figure]) -> None:
 
 def _line(axes: Any, y: int, figure: Figure, *, named: bool) -> None:
     colour = {True: HOLDS, False: OVER, None: PLAIN}[figure.holds]
-    axes.plot([1, figure.ratio], [y, y], color=colour, lw=2, alpha=0.35, solid_capstyle="butt")
-    axes.plot(figure.ratio, y, "o", color=colour, ms=7)
+    ratio = max(LEAST, figure.ratio)
+    axes.plot([1, ratio], [y, y], color=colour, lw=2, alpha=0.35, solid_capstyle="butt")
+    axes.plot(ratio, y, "o", color=colour, ms=7)
     if figure.bound is not None and figure.allowed is not None:
         axes.plot([figure.bound, figure.allowed], [y, y], color=INK, lw=9, alpha=0.15, solid_capstyle="butt")
         axes.plot([figure.bound] * 2, [y - 0.3, y + 0.3], color=INK, lw=1.5)

@@ -19,6 +19,9 @@ __all__ = ["measure"]
 
 P50, P99 = Metric("p50", "µs"), Metric("p99", "µs")
 ROUNDS = 9
+TOUCHES = {False: 2000, True: 100}
+"""In each run, by whether it is a quick one."""
+
 
 BLOCKING, SPINNING, SAME_CORE, ANYWHERE = "C blocking", "C spinning", "C same core", "C blocking, nothing pinned"
 
@@ -93,7 +96,7 @@ def _memory(bench: Bench) -> Path:
 
 def _guest(bench: Bench, install: str, socket: Path, cpu: int | None) -> Mapping[str, float]:
     size = _memory(bench).stat().st_size
-    touches = bench.sized(4000, 100)
+    touches = TOUCHES[bench.quick]
     pinned = () if cpu is None else (f"cpu={cpu}",)
     said = ask(bench.programs["guest"], install, socket, str(size), "random", f"touches={touches}", *pinned)
     if said["there"] > touches // 100:
@@ -119,7 +122,7 @@ def _with_pager(bench: Bench, install: str, pager: Pager, guest: int | None) -> 
     def run() -> Mapping[str, float]:
         values = _guest(bench, install, pager.socket, guest)
         ended = pager.event("ended")
-        touches = bench.sized(4000, 100)
+        touches = TOUCHES[bench.quick]
         if ended["faults"] < touches * 0.99:
             bench.say(f"faults: the pager saw {ended['faults']} faults for {touches} touches")
         return values
