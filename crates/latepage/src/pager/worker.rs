@@ -247,16 +247,17 @@ impl Thread {
         if served.due.is_some() && !self.timers.contains(&at) {
             self.timers.push(at);
         }
+        let session = slot.session.id();
         if served.more {
             self.enqueue(at);
         }
         if served.faults > 0 {
-            self.after_faults(served.faults);
+            self.after_faults(session, served.faults);
         }
     }
 
     /// Whoever faults often is worth a look at where he runs, and a moment of waiting for his next fault.
-    fn after_faults(&mut self, faults: u32) {
+    fn after_faults(&mut self, session: u64, faults: u32) {
         let spin = self.shared.spin.load(Ordering::Relaxed);
         if spin > 0 {
             self.spin_until = Some(Instant::now() + Duration::from_nanos(spin));
@@ -265,7 +266,7 @@ impl Thread {
         if self.recent >= MANY {
             let now = Instant::now();
             if now.saturating_duration_since(self.since) < SHORT {
-                self.scout.call();
+                self.scout.call(session);
             }
             (self.recent, self.since) = (0, now);
         }

@@ -1,7 +1,7 @@
 //! The scout: a thread that looks at VMs that fault a lot, and has their workers run where that pays. It sleeps while none does.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 use std::thread::{JoinHandle, Thread};
 use std::time::{Duration, Instant};
@@ -13,7 +13,9 @@ use super::{Machine, On, Stance, decide};
 use crate::session::{Placement, Session};
 use crate::stats::GapsSnapshot;
 
-/// Between the first two looks; twice as long each time that nothing has changed.
+/// From a call to the first look: long enough to see who sleeps most.
+const FIRST: Duration = Duration::from_micros(500);
+/// Between the next two looks; twice as long each time that nothing has changed.
 const SOON: Duration = Duration::from_millis(2);
 const SELDOM: Duration = Duration::from_millis(32);
 /// A worker that serves fewer faults a second is left alone: nobody would notice.
@@ -32,6 +34,8 @@ const DEAF_AT_MOST: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub(in crate::pager) struct Scout {
     listens: AtomicBool,
+    /// The VM that it was called for.
+    caller: AtomicU64,
     stop: AtomicBool,
     thread: OnceLock<Thread>,
     machine: Machine,
@@ -41,6 +45,7 @@ impl Scout {
     pub(in crate::pager) fn new() -> Self {
         Self {
             listens: AtomicBool::new(false),
+            caller: AtomicU64::new(0),
             stop: AtomicBool::new(false),
             thread: OnceLock::new(),
             machine: Machine::this(),
@@ -64,10 +69,14 @@ impl Scout {
         &self.machine
     }
 
-    /// There is something to see. Costs one load where the scout is up already, or does not want to know.
+    /// There is something to see about this session. Costs one load where the scout is up already, or does not want to know.
     #[inline]
-    pub(in crate::pager) fn call(&self) {
-        if self.listens.load(Ordering::Relaxed) && self.listens.swap(false, Ordering::AcqRel) {
+    pub(in crate::pager) fn call(&self, session: u64) {
+        if self.listens.load(Ordering::Relaxed) {
+            self.caller.store(session, Ordering::Relaxed);
+            if !self.listens.swap(false, Ordering::AcqRel) {
+                return;
+            }
             self.unpark();
         }
     }
@@ -117,8 +126,9 @@ impl Round {
     fn run(&mut self) {
         let mut deaf = DEAF;
         while self.wait_for_call() {
-            let (mut idle, mut pause, mut lively) = (0, SOON, false);
+            let (mut idle, mut pause, mut lively) = (0, FIRST, false);
             self.count();
+            self.watch_caller();
             while idle < PATIENCE {
                 std::thread::park_timeout(pause);
                 if self.scout.stop.load(Ordering::Acquire) {
@@ -159,6 +169,15 @@ impl Round {
             self.counts.insert(session.id(), session.stats().counters.faults.get());
         }
         self.looked = Instant::now();
+    }
+
+    /// What its threads do from now on is seen at the first look.
+    fn watch_caller(&mut self) {
+        let id = self.scout.caller.load(Ordering::Relaxed);
+        let caller = self.shared.upgrade().and_then(|shared| shared.sessions().live.get(&id).cloned());
+        if let Some(session) = caller {
+            self.watched.entry(id).or_insert_with(|| Watched::new(&session));
+        }
     }
 
     fn look(&mut self, shared: &Shared) -> Seen {
