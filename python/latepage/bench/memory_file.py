@@ -3,12 +3,17 @@
 import ctypes
 import mmap
 import os
+import time
 from pathlib import Path
 
 from latepage.bench.machine import LackingError
 from latepage.memory import PAGE
 
 __all__ = ["cool", "share_cached", "warm"]
+
+
+MOMENT, MOMENTS = 0.01, 100
+"""Between two tries to drop a file, in seconds, and how many there are."""
 
 
 def share_cached(path: Path) -> float:
@@ -48,8 +53,13 @@ def cool(path: Path) -> None:
     Raises:
         LackingError: the kernel keeps it, as it keeps what lies in memory by its nature (tmpfs), and what a process has mapped.
     """
-    with path.open("rb", buffering=0) as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    left = share_cached(path)
-    if left > 0.01:
+    # A pager unmaps the file in the moment after its last VM has ended.
+    for _ in range(MOMENTS):
+        with path.open("rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        left = share_cached(path)
+        if left <= 0.01:
+            break
+        time.sleep(MOMENT)
+    else:
         raise LackingError(f"{100 * left:.0f} % of {path} stays in memory: set TMPDIR to a folder on a disk")

@@ -3,11 +3,13 @@
 //! Nothing in here does I/O or knows of a kernel interface. `docs/memory.md` and `docs/pages.md` say the same in prose.
 
 pub(crate) mod atomic;
+mod bitmap;
 mod layout;
 mod page_size;
 mod pages;
 mod transitions;
 
+pub(crate) use bitmap::Bitmap;
 pub use layout::{AddressSpace, Layout, LayoutError, Place, Region};
 pub use page_size::PageSize;
 pub use pages::Pages;

@@ -635,6 +635,9 @@ impl Shared {
             // Taken where `totals` cannot come between: no total ever goes back.
             let stats = session.stats().snapshot();
             sessions.live.remove(&session.id());
+            if !sessions.live.values().any(|other| std::ptr::addr_eq(other.source(), session.source())) {
+                session.source().idle();
+            }
             sessions.ended.merge(&stats);
             stats
         };

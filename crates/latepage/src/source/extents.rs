@@ -1,5 +1,6 @@
 //! Where a file's data lies, and where its holes: found once, when it is opened.
 
+use std::ops::Range;
 use std::os::fd::BorrowedFd;
 
 use rustix::io::Errno;
@@ -45,6 +46,12 @@ impl Extents {
             at = end.max(start + 1);
         }
         Ok(Self { data: pieces.data, size })
+    }
+
+    /// The first data at `offset` or after it, from there on.
+    pub(super) fn data_from(&self, offset: u64) -> Option<Range<u64>> {
+        let next = self.data.partition_point(|&(_, end)| end <= offset);
+        self.data.get(next).map(|&(start, end)| start.max(offset)..end)
     }
 
     /// What lies at `offset`, which is below the file's size. O(log extents).

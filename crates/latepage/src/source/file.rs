@@ -7,21 +7,26 @@ use std::sync::Arc;
 use rustix::fs::{FileType, Mode, OFlags, Stat};
 use rustix::io::Errno;
 
-use crate::memory::Layout;
+use crate::memory::{Bitmap, Layout};
 use crate::sys::file;
 
+use super::cached::{self, Cached};
 use super::extents::{Extent, Extents};
 use super::lease::{Guard, Readable};
-use super::{Answer, Source, SourceError, SourceNotice};
+use super::survey::{Survey, Surveyed};
+use super::{Answer, AtHand, Source, SourceError, SourceNotice};
 
 /// A regular file, read by preadv2(2). Its holes are answered without reading; while it is served a read lease holds
 /// writers back, where one is granted (see `docs/source.md`).
 #[derive(Debug)]
 pub struct FileSource {
     file: Arc<Opened>,
-    extents: Extents,
+    extents: Arc<Extents>,
     at_once: AtOnce,
     guard: Guard,
+    /// Pages that are known to be zero, though they are data.
+    zero: Arc<Bitmap>,
+    at_hand: Option<(Arc<Cached>, Survey)>,
 }
 
 /// The file, and what it was when it was opened.
@@ -115,7 +120,20 @@ impl FileSource {
             offset: 0,
             errno,
         })?;
-        Ok(Self { file: opened, extents, at_once, guard })
+        let extents = Arc::new(extents);
+        let zero = Arc::new(Bitmap::new((size / cached::PAGE) as usize));
+        // Without a lease somebody may cut a page in two, of which a mapping then shows the rest as zero.
+        let cached = if guard.is_leased() && at_once != AtOnce::Never {
+            Cached::new(&opened, Arc::clone(&zero))
+        } else {
+            None
+        };
+        let at_hand = cached.map(|cached| {
+            let (file, extents, cached) = (Arc::clone(&opened), Arc::clone(&extents), Arc::new(cached));
+            let of = Surveyed { file, extents, cached: Arc::clone(&cached), trust: guard.trust() };
+            (cached, Survey::start(of))
+        });
+        Ok(Self { file: opened, extents, at_once, guard, zero, at_hand })
     }
 
     /// The path that it was opened by.
@@ -141,8 +159,24 @@ impl FileSource {
             Extent::Hole(end) if end - offset >= unit => Plan::Zero(((end - offset) / unit * unit).min(most)),
             // A hole that is smaller than a unit is read with what follows it, the rest of a unit with the hole after it.
             Extent::Hole(_) => Plan::Read(unit as usize),
-            Extent::Data(end) => Plan::Read((end - offset).next_multiple_of(unit).min(most) as usize),
+            Extent::Data(end) => match self.known_zero(offset, (end - offset).min(most), unit) {
+                0 => Plan::Read((end - offset).next_multiple_of(unit).min(most) as usize),
+                zero => Plan::Zero(zero),
+            },
         })
+    }
+
+    /// How many bytes of data from `offset` on are known to be zero, in whole units.
+    fn known_zero(&self, offset: u64, length: u64, unit: u64) -> u64 {
+        let (start, end) = (offset / cached::PAGE, (offset + length) / cached::PAGE);
+        let run = self.zero.run(start as usize..end as usize, true) as u64;
+        (run - start) * cached::PAGE / unit * unit
+    }
+
+    /// Waits until what is in memory now is known to be.
+    #[cfg(test)]
+    pub(super) fn wait_surveyed(&self) -> bool {
+        self.at_hand.as_ref().map(|(_, survey)| survey.wait()).is_some()
     }
 
     /// Reads whole units from the start of the range: how many bytes, or 0 if the first is not to be had now.
@@ -229,6 +263,36 @@ impl Source for FileSource {
         self.answer(offset, length, unit, scratch, true)
     }
 
+    fn at_hand(&self, offset: u64, length: usize, unit: usize) -> Option<AtHand<'_>> {
+        let (unit, size) = (unit as u64, self.file.size);
+        let most = (length as u64).min(size.checked_sub(offset)?) / unit * unit;
+        match self.extents.at(offset) {
+            _ if most == 0 => None,
+            Extent::Hole(end) => {
+                let zero = most.min((end - offset) / unit * unit);
+                (zero > 0 && self.guard.readable() == Readable::Yes).then_some(AtHand::Zero(zero))
+            }
+            // A unit that is data and hole is read: mapped, a hole of a file in tmpfs would take memory.
+            Extent::Data(end) => match most.min((end - offset) / unit * unit) {
+                0 => None,
+                data => {
+                    let (cached, _) = self.at_hand.as_ref().filter(|_| self.guard.is_leased())?;
+                    cached.at_hand(offset, data, unit)
+                }
+            },
+        }
+    }
+
+    fn vouch(&self) -> Result<(), SourceError> {
+        // A lease that was not looked at for long is looked at now: a lock and two system calls, after a minute's standstill.
+        match self.guard.wait_readable() {
+            Readable::Yes => Ok(()),
+            Readable::Later | Readable::No => {
+                Err(SourceError::OpenedForWriting { path: self.file.path.clone() })
+            }
+        }
+    }
+
     fn wait<'a>(
         &'a self,
         offset: u64,
@@ -240,6 +304,11 @@ impl Source for FileSource {
     }
 
     fn check(&self) -> Vec<SourceNotice> {
+        if let Some((_, survey)) = &self.at_hand
+            && self.guard.is_needed()
+        {
+            survey.look();
+        }
         self.guard.check()
     }
 
@@ -248,11 +317,24 @@ impl Source for FileSource {
         if source != vm {
             return Err(SourceError::Size { what: self.describe(), source_bytes: source, vm_bytes: vm });
         }
-        self.guard.admit()
+        self.guard.admit()?;
+        if let Some((cached, survey)) = &self.at_hand
+            && survey.serve()
+        {
+            cached.doubt();
+        }
+        Ok(())
     }
 
     fn filled(&self) {
         self.guard.filled();
+        self.idle();
+    }
+
+    fn idle(&self) {
+        if let Some((_, survey)) = &self.at_hand {
+            survey.rest();
+        }
     }
 }
 

@@ -62,6 +62,19 @@ pub(super) struct Guard {
     thread: Option<JoinHandle<()>>,
 }
 
+/// Tells whether a file is as it was opened, for as long as it is watched.
+#[derive(Debug, Clone)]
+pub(super) struct Trust {
+    watch: Arc<Watch>,
+}
+
+impl Trust {
+    /// Whether nobody can have changed the file by now: a lease is held. Takes no lock.
+    pub(super) fn is_leased(&self) -> bool {
+        self.watch.is_leased()
+    }
+}
+
 #[derive(Debug)]
 struct Watch {
     file: Arc<Opened>,
@@ -138,7 +151,12 @@ impl Guard {
         self.watch.readable()
     }
 
-    /// The same, looking at the lease if need be.
+    /// Whether a lease is held, so that nobody can have changed the file, or truncated it, by now. Takes no lock.
+    pub(super) fn is_leased(&self) -> bool {
+        self.watch.is_leased()
+    }
+
+    /// The same as [`readable`](Self::readable), looking at the lease if need be.
     pub(super) fn wait_readable(&self) -> Readable {
         match self.watch.readable() {
             Readable::Later => {
@@ -153,6 +171,16 @@ impl Guard {
             }
             known => known,
         }
+    }
+
+    /// For whoever looks at the file beside us.
+    pub(super) fn trust(&self) -> Trust {
+        Trust { watch: Arc::clone(&self.watch) }
+    }
+
+    /// Whether VMs may lack memory.
+    pub(super) fn is_needed(&self) -> bool {
+        !self.watch.ward().filled
     }
 
     pub(super) fn has_lease(&self) -> bool {
@@ -225,6 +253,10 @@ impl Watch {
             until if self.now() < until => Readable::Yes,
             _ => Readable::Later,
         }
+    }
+
+    fn is_leased(&self) -> bool {
+        self.trusted_until.load(Ordering::SeqCst) != NEVER && self.readable() == Readable::Yes
     }
 
     fn path(&self) -> PathBuf {

@@ -7,12 +7,14 @@
 //!
 //! A source knows nothing of userfaultfd, of sessions, or of how contents get into a guest. See `docs/source.md`.
 
+mod cached;
 mod error;
 mod extents;
 mod file;
 mod lease;
 mod notice;
 pub mod queue;
+mod survey;
 #[cfg(test)]
 mod tests;
 
@@ -170,4 +172,7 @@ pub trait Source: Send + Sync {
 
     /// Every VM served from it has all that it needs: what the source keeps from others for their sake may be let go.
     fn filled(&self) {}
+
+    /// No VM is served from it just now, as it seems: another may be coming. What is kept in memory for their sake need not be.
+    fn idle(&self) {}
 }

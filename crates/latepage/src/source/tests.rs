@@ -1,5 +1,7 @@
 //! A memory file, on the real file system and with real leases.
 
+mod at_hand;
+
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};

@@ -4,7 +4,7 @@ use std::fs;
 use std::io::IoSliceMut;
 use std::os::fd::BorrowedFd;
 
-use rustix::fs::SeekFrom;
+use rustix::fs::{Access, AtFlags, SeekFrom};
 use rustix::io::{Errno, ReadWriteFlags};
 
 /// `TMPFS_MAGIC` (`linux/magic.h`).
@@ -65,4 +65,12 @@ pub fn lives_in_memory(file: BorrowedFd<'_>) -> bool {
     let on_tmpfs = rustix::fs::fstatfs(file).is_ok_and(|found| found.f_type as u64 == TMPFS_MAGIC);
     // One line of headings, then one for each swap device.
     on_tmpfs && fs::read_to_string("/proc/swaps").is_ok_and(|swaps| swaps.lines().count() <= 1)
+}
+
+/// Whether the kernel tells this process which pages of a file are in memory (`mm/mincore.c`, `can_do_mincore`): of its own files,
+/// and of those that it may write.
+pub fn tells_what_is_cached(file: BorrowedFd<'_>) -> bool {
+    let own = rustix::fs::fstat(file).is_ok_and(|stat| stat.st_uid == rustix::process::geteuid().as_raw());
+    let flags = AtFlags::EACCESS | AtFlags::EMPTY_PATH;
+    own || rustix::fs::accessat(file, "", Access::WRITE_OK, flags).is_ok()
 }

@@ -285,6 +285,41 @@ impl Mapping {
         self.advise(0, self.length, Advice::LinuxHugepage)
     }
 
+    /// madvise(MADV_POPULATE_READ): every page of the range is mapped, read from its file where it is not in memory.
+    ///
+    /// # Errors
+    /// The errno of madvise(2): EFAULT where the file has ended.
+    ///
+    /// # Panics
+    /// If the range is outside the mapping.
+    pub fn populate_read(&self, offset: usize, length: usize) -> Result<(), Errno> {
+        self.advise(offset, length, Advice::LinuxPopulateRead)
+    }
+
+    /// madvise(MADV_RANDOM) over all of it: the kernel reads a page that is touched, and none ahead of it.
+    ///
+    /// # Errors
+    /// The errno of madvise(2).
+    pub fn read_nothing_ahead(&self) -> Result<(), Errno> {
+        self.advise(0, self.length, Advice::Random)
+    }
+
+    /// mincore(2): for each page of the range, from a page's start on, whether it is in memory now. Of a file that is another
+    /// user's and that this process may not write the kernel says that all is.
+    ///
+    /// # Errors
+    /// The errno of mincore(2).
+    ///
+    /// # Panics
+    /// If the range is outside the mapping.
+    pub fn resident<'a>(&self, range: Range<usize>, into: &'a mut [u8]) -> Result<&'a [u8], Errno> {
+        let start: *mut c_void = self.at(range.start, range.len()).cast();
+        let into = &mut into[..range.len().div_ceil(rustix::param::page_size())];
+        // SAFETY: the range is a part of the mapping (checked), and `into` has a byte for each page of it.
+        let result = unsafe { libc::mincore(start, range.len(), into.as_mut_ptr()) };
+        if result == 0 { Ok(into) } else { Err(last_errno()) }
+    }
+
     fn advise(&self, offset: usize, length: usize, advice: Advice) -> Result<(), Errno> {
         let start: *mut c_void = self.at(offset, length).cast();
         // SAFETY: the range is ours (checked), and no reference into it exists that could see it change: only copies and
@@ -330,6 +365,22 @@ impl Window<'_> {
         Self { start: self.start.wrapping_add(range.start), length: range.len(), mapping: PhantomData }
     }
 
+    /// Has the kernel copy its first bytes to where they can be looked at, process_vm_readv(2) of this process itself. Short where
+    /// the window shows nothing any more; the count is of bytes.
+    ///
+    /// # Errors
+    /// The errno of process_vm_readv(2); EFAULT where the window does not even show its first byte.
+    pub fn copy_to(&self, into: &mut [u8]) -> Result<usize, Errno> {
+        let length = self.length.min(into.len());
+        let to = libc::iovec { iov_base: into.as_mut_ptr().cast(), iov_len: length };
+        let from = libc::iovec { iov_base: self.start.cast_mut().cast(), iov_len: length };
+        let me = rustix::process::getpid().as_raw_nonzero().get();
+        // SAFETY: `to` spans a part of `into`, which is ours alone for the call. The window is only read, and by the kernel: it
+        // answers EFAULT, and raises nothing, where there is no page.
+        let copied = unsafe { libc::process_vm_readv(me, &raw const to, 1, &raw const from, 1, 0) };
+        usize::try_from(copied).map_err(|_| last_errno())
+    }
+
     /// Has the kernel write it into a file at `offset`. Short where the window shows nothing any more; the count is of bytes.
     ///
     /// # Errors
@@ -351,7 +402,7 @@ impl Window<'_> {
             match usize::try_from(written) {
                 Ok(0) => break,
                 Ok(written) => done += written,
-                Err(_) => match Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::IO) {
+                Err(_) => match last_errno() {
                     Errno::INTR => {}
                     errno if done == 0 => return Err(errno),
                     _ => break,
@@ -360,6 +411,10 @@ impl Window<'_> {
         }
         Ok(done)
     }
+}
+
+fn last_errno() -> Errno {
+    Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::IO)
 }
 
 impl Drop for Mapping {
