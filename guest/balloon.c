@@ -5,8 +5,10 @@
 #include "memory.h"
 #include "order.h"
 
-/* Virtio 1.2: 4.2.2 (registers), 2.7 (split queues), 5.5 (balloon). Firecracker puts its devices here, one a page. */
-enum { FIRST_DEVICE = 0xc0001000, DEVICES = 32, MAGIC = 0x74726976, BALLOON = 5 };
+/* Virtio 1.2: 4.2.2 (registers), 2.7 (split queues), 5.5 (balloon). Firecracker puts its devices from here on, one a page:
+ * at 3 GiB, and before 1.13 at 3.25 GiB. */
+static const uint32_t first_devices[] = {0xc0001000, 0xd0000000};
+enum { PLACES = sizeof first_devices / sizeof *first_devices, DEVICES = 32, MAGIC = 0x74726976, BALLOON = 5 };
 
 enum {
     R_MAGIC = 0x00, R_DEVICE = 0x08, R_FEATURES = 0x20, R_FEATURES_SELECT = 0x24, R_QUEUE = 0x30, R_QUEUE_SIZE = 0x38,
@@ -71,23 +73,26 @@ static void set_address(uint32_t at, const volatile void *address)
     set(at + 4, (uint32_t)((uint64_t)address >> 32));
 }
 
-/* Maps 2 MiB of devices at 3 GiB, which the boot's page tables leave out. */
+/* Maps 2 MiB of each place of devices. All are in the fourth GiB, which the boot's page tables leave out. */
 static void map_devices(void)
 {
     uint64_t *top;
     __asm__("mov %%cr3, %0" : "=r"(top));
     uint64_t *below = (uint64_t *)(top[0] & ~0xfffull);
-    devices_table[0] = (FIRST_DEVICE & ~0x1fffffull) | 0x93; /* present, writable, uncached, 2 MiB */
-    below[FIRST_DEVICE >> 30] = (uint64_t)devices_table | 3;
+    for (uint32_t place = 0; place < PLACES; place++)
+        devices_table[first_devices[place] >> 21 & 511] =
+            (first_devices[place] & ~0x1fffffull) | 0x93; /* present, writable, uncached, 2 MiB */
+    below[3] = (uint64_t)devices_table | 3;
 }
 
 static bool find(void)
 {
-    for (uint32_t number = 0; number < DEVICES; number++) {
-        device = (volatile uint8_t *)(uint64_t)(FIRST_DEVICE + number * PAGE);
-        if (get(R_MAGIC) == MAGIC && get(R_DEVICE) == BALLOON)
-            return true;
-    }
+    for (uint32_t place = 0; place < PLACES; place++)
+        for (uint32_t number = 0; number < DEVICES; number++) {
+            device = (volatile uint8_t *)(uint64_t)(first_devices[place] + number * PAGE);
+            if (get(R_MAGIC) == MAGIC && get(R_DEVICE) == BALLOON)
+                return true;
+        }
     device = 0;
     return false;
 }

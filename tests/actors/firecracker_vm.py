@@ -66,6 +66,8 @@ class FirecrackerVm(LineProcess):
         try:
             self._until_the_api_answers()
             # From here on only the guest speaks on standard output: half a line of it may stand there at any time.
+            # Firecracker 1.12 does not make the file that it logs to.
+            self.log.touch()
             self.api.call(Call("PUT", "/logger", {"log_path": str(self.log), "level": "Info"}))
         except BaseException:
             self.__exit__()
