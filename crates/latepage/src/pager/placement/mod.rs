@@ -16,7 +16,7 @@ use crate::stats::GapsSnapshot;
 
 pub(super) use cores::Machine;
 pub(super) use scout::Scout;
-pub(super) use tasks::Look;
+use tasks::{Look, Sleeper};
 
 /// The longest that a worker spins after a fault where the user has said that it shall.
 const SPIN: Duration = Duration::from_micros(200);
@@ -53,32 +53,37 @@ impl Stance {
     }
 }
 
-/// The stance of a worker most of whose work comes from one VM, of which `look` is what can be seen of its threads.
-pub(super) fn decide(
+/// The stance of a worker most of whose work comes from one VM, of which `look` is what can be seen of its threads; and the thread that
+/// it follows from core to core, if it does.
+fn decide(
     placement: Placement,
     look: Option<&Look>,
     gaps: &GapsSnapshot,
     machine: &Machine,
-) -> Stance {
+) -> (Stance, Option<u32>) {
     let anywhere = || look.and_then(|look| machine.common_node(look.cores())).map_or(On::Any, On::Node);
+    let asleep = || Stance { on: anywhere(), spin: Duration::ZERO };
+    let join = |sleeper: Sleeper| {
+        let stance = Stance { on: On::Core(sleeper.core), spin: Duration::ZERO };
+        machine.may_use(sleeper.core).then_some((stance, Some(sleeper.thread)))
+    };
     match placement {
-        Placement::Block => Stance { on: anywhere(), spin: Duration::ZERO },
-        Placement::Spin => Stance { on: anywhere(), spin: SPIN },
-        Placement::Core(core) if machine.may_use(core) => Stance { on: On::Core(core), spin: Duration::ZERO },
-        Placement::SameCore => match look.and_then(Look::busiest) {
-            Some(core) if machine.may_use(core) => Stance { on: On::Core(core), spin: Duration::ZERO },
-            _ => Stance { on: anywhere(), spin: Duration::ZERO },
-        },
+        Placement::Block => (asleep(), None),
+        Placement::Spin => (Stance { spin: SPIN, ..asleep() }, None),
+        Placement::Core(core) if machine.may_use(core) => {
+            (Stance { on: On::Core(core), spin: Duration::ZERO }, None)
+        }
+        Placement::SameCore => look.and_then(Look::busiest).and_then(join).unwrap_or((asleep(), None)),
         // A core that is not there has been told of, and is as good as no wish.
-        Placement::Auto | Placement::Core(_) => match look.and_then(Look::alone) {
-            Some(core) if machine.may_use(core) => Stance { on: On::Core(core), spin: Duration::ZERO },
-            _ => {
+        Placement::Auto | Placement::Core(_) => {
+            look.and_then(Look::alone).and_then(join).unwrap_or_else(|| {
                 // Whoever spins takes a core from somebody unless one is to spare.
                 let busy = look.map_or(1, Look::threads);
                 let spare = busy < machine.allowed().len() && machine.has_idle_core();
-                Stance { on: anywhere(), spin: if spare { gaps.spin_that_pays() } else { Duration::ZERO } }
-            }
-        },
+                let spin = if spare { gaps.spin_that_pays() } else { Duration::ZERO };
+                (Stance { spin, ..asleep() }, None)
+            })
+        }
     }
 }
 
@@ -90,7 +95,12 @@ mod tests {
     const SELDOM: GapsSnapshot = GapsSnapshot { counts: [1, 0, 0, 0, 0, 10, 1000] };
 
     fn look(threads: &[(u64, usize)]) -> Look {
-        Look::of(threads.iter().copied())
+        let sleepers = threads.iter().zip(1..);
+        Look::of(sleepers.map(|(&(sleeps, core), thread)| Sleeper { thread, sleeps, core }).collect())
+    }
+
+    fn stance(placement: Placement, look: Option<&Look>, gaps: &GapsSnapshot, machine: &Machine) -> Stance {
+        decide(placement, look, gaps, machine).0
     }
 
     fn on(core: usize) -> Stance {
@@ -102,7 +112,7 @@ mod tests {
         let machine = Machine::fake(&[&[0, 1, 2, 3]], 4);
         for others in [&[][..], &[(9, 1)], &[(3, 1), (3, 2)]] {
             let threads = [&[(100, 3)], others].concat();
-            assert_eq!(decide(Placement::Auto, Some(&look(&threads)), &SELDOM, &machine), on(3));
+            assert_eq!(decide(Placement::Auto, Some(&look(&threads)), &SELDOM, &machine), (on(3), Some(1)));
         }
     }
 
@@ -110,20 +120,20 @@ mod tests {
     fn auto_spins_where_several_fault_often_and_a_core_is_to_spare() {
         let machine = Machine::fake(&[&[0, 1, 2, 3]], 2);
         let two = look(&[(100, 3), (90, 1)]);
-        let stance = decide(Placement::Auto, Some(&two), &PAYS, &machine);
-        assert_eq!(stance.on, On::Any);
-        assert!(stance.spin > Duration::ZERO);
+        let spinning = stance(Placement::Auto, Some(&two), &PAYS, &machine);
+        assert_eq!(spinning.on, On::Any);
+        assert!(spinning.spin > Duration::ZERO);
         assert_eq!(
-            decide(Placement::Auto, Some(&two), &SELDOM, &machine),
+            stance(Placement::Auto, Some(&two), &SELDOM, &machine),
             Stance::BLOCK,
             "it would spin for nothing"
         );
         let four = look(&[(9, 0), (9, 1), (9, 2), (9, 3)]);
-        assert_eq!(decide(Placement::Auto, Some(&four), &PAYS, &machine), Stance::BLOCK, "no core is left");
+        assert_eq!(stance(Placement::Auto, Some(&four), &PAYS, &machine), Stance::BLOCK, "no core is left");
         let busy = Machine::fake(&[&[0, 1, 2, 3]], 0);
-        assert_eq!(decide(Placement::Auto, Some(&two), &PAYS, &busy), Stance::BLOCK, "others need them all");
+        assert_eq!(stance(Placement::Auto, Some(&two), &PAYS, &busy), Stance::BLOCK, "others need them all");
         assert!(
-            decide(Placement::Auto, None, &PAYS, &machine).spin > Duration::ZERO,
+            stance(Placement::Auto, None, &PAYS, &machine).spin > Duration::ZERO,
             "a VM that cannot be seen"
         );
     }
@@ -132,25 +142,25 @@ mod tests {
     fn what_the_user_says_is_done_where_it_can_be() {
         let machine = Machine::fake(&[&[0, 1, 2, 3]], 0);
         let two = look(&[(100, 3), (90, 1)]);
-        assert_eq!(decide(Placement::Block, Some(&two), &PAYS, &machine), Stance::BLOCK);
-        assert_eq!(decide(Placement::Spin, None, &SELDOM, &machine), Stance { on: On::Any, spin: SPIN });
-        assert_eq!(decide(Placement::SameCore, Some(&two), &PAYS, &machine), on(3));
-        assert_eq!(decide(Placement::SameCore, None, &PAYS, &machine), Stance::BLOCK);
+        assert_eq!(stance(Placement::Block, Some(&two), &PAYS, &machine), Stance::BLOCK);
+        assert_eq!(stance(Placement::Spin, None, &SELDOM, &machine), Stance { on: On::Any, spin: SPIN });
+        assert_eq!(stance(Placement::SameCore, Some(&two), &PAYS, &machine), on(3));
+        assert_eq!(stance(Placement::SameCore, None, &PAYS, &machine), Stance::BLOCK);
         assert_eq!(
-            decide(Placement::SameCore, Some(&look(&[(9, 7)])), &PAYS, &machine),
+            stance(Placement::SameCore, Some(&look(&[(9, 7)])), &PAYS, &machine),
             Stance::BLOCK,
             "not ours"
         );
-        assert_eq!(decide(Placement::Core(2), Some(&two), &PAYS, &machine), on(2));
-        assert_eq!(decide(Placement::Core(8), Some(&look(&[(9, 1)])), &PAYS, &machine), on(1), "as auto");
+        assert_eq!(stance(Placement::Core(2), Some(&two), &PAYS, &machine), on(2));
+        assert_eq!(stance(Placement::Core(8), Some(&look(&[(9, 1)])), &PAYS, &machine), on(1), "as auto");
     }
 
     #[test]
     fn a_worker_stays_on_the_node_of_the_vm_that_it_serves() {
         let machine = Machine::fake(&[&[0, 1], &[2, 3]], 0);
         let far = look(&[(100, 3), (90, 2)]);
-        assert_eq!(decide(Placement::Block, Some(&far), &PAYS, &machine).on, On::Node(1));
+        assert_eq!(stance(Placement::Block, Some(&far), &PAYS, &machine).on, On::Node(1));
         let both = look(&[(100, 0), (90, 2)]);
-        assert_eq!(decide(Placement::Block, Some(&both), &PAYS, &machine).on, On::Any);
+        assert_eq!(stance(Placement::Block, Some(&both), &PAYS, &machine).on, On::Any);
     }
 }

@@ -18,6 +18,8 @@ const FIRST: Duration = Duration::from_micros(500);
 /// Between the next two looks; twice as long each time that nothing has changed.
 const SOON: Duration = Duration::from_millis(2);
 const SELDOM: Duration = Duration::from_millis(32);
+/// Between two looks at where the thread runs that a worker follows: the scheduler may move it at any time.
+const STEP: Duration = Duration::from_millis(1);
 /// A worker that serves fewer faults a second is left alone: nobody would notice.
 const LIVELY: u64 = 500;
 /// Most of a worker's work: three quarters.
@@ -115,12 +117,21 @@ struct Round {
     watched: HashMap<u64, Watched>,
     /// How many faults each VM had had when it was last looked at.
     counts: HashMap<u64, u64>,
+    /// Workers, by their numbers, that follow a thread of a session from core to core.
+    follows: Vec<(usize, u64, u32)>,
     looked: Instant,
 }
 
 impl Round {
     fn new(scout: Arc<Scout>, shared: Weak<Shared>) -> Self {
-        Self { scout, shared, watched: HashMap::new(), counts: HashMap::new(), looked: Instant::now() }
+        Self {
+            scout,
+            shared,
+            watched: HashMap::new(),
+            counts: HashMap::new(),
+            follows: Vec::new(),
+            looked: Instant::now(),
+        }
     }
 
     fn run(&mut self) {
@@ -130,8 +141,7 @@ impl Round {
             self.count();
             self.watch_caller();
             while idle < PATIENCE {
-                std::thread::park_timeout(pause);
-                if self.scout.stop.load(Ordering::Acquire) {
+                if !self.rest(pause) {
                     return;
                 }
                 let Some(shared) = self.shared.upgrade() else { return };
@@ -140,10 +150,40 @@ impl Round {
                 lively |= workers > 0;
                 pause = if changed || workers == 0 { SOON } else { (pause * 2).min(SELDOM) };
             }
+            self.follows.clear();
             self.watched.clear();
             self.counts.clear();
             deaf = if lively { DEAF } else { (deaf * 2).min(DEAF_AT_MOST) };
             std::thread::park_timeout(deaf);
+        }
+    }
+
+    /// Sleeps for so long, but for a glance now and then at threads that are followed. False once the pager ends.
+    fn rest(&self, pause: Duration) -> bool {
+        let mut left = pause;
+        while !left.is_zero() {
+            let step = if self.follows.is_empty() { left } else { left.min(STEP) };
+            std::thread::park_timeout(step);
+            if self.scout.stop.load(Ordering::Acquire) {
+                return false;
+            }
+            left -= step;
+            if !left.is_zero() {
+                let Some(shared) = self.shared.upgrade() else { return false };
+                self.follow(&shared);
+            }
+        }
+        true
+    }
+
+    fn follow(&self, shared: &Shared) {
+        let workers = shared.workers.get().map_or(&[][..], Vec::as_slice);
+        for (number, session, thread) in &self.follows {
+            let tasks = self.watched.get(session).and_then(|watched| watched.tasks.as_ref());
+            let core = tasks.and_then(|tasks| tasks.core_of(*thread));
+            if let Some(core) = core.filter(|core| self.scout.machine.may_use(*core)) {
+                self.take(&workers[*number], Stance { on: On::Core(core), spin: Duration::ZERO });
+            }
         }
     }
 
@@ -186,6 +226,7 @@ impl Round {
         self.count();
         let workers = shared.workers.get().map_or(&[][..], Vec::as_slice);
         let mut seen = Seen { workers: 0, changed: false };
+        self.follows.clear();
         for (number, worker) in workers.iter().enumerate() {
             let mine = |id: &u64| *id as usize % workers.len() == number;
             let news = self
@@ -203,7 +244,9 @@ impl Round {
                 None => Stance::BLOCK,
                 Some(session) => {
                     seen.workers += 1;
-                    self.stance(&session)
+                    let (stance, follows) = self.stance(&session);
+                    self.follows.extend(follows.map(|thread| (number, session.id(), thread)));
+                    stance
                 }
             };
             seen.changed |= self.take(worker, stance);
@@ -211,7 +254,7 @@ impl Round {
         seen
     }
 
-    fn stance(&mut self, session: &Arc<Session>) -> Stance {
+    fn stance(&mut self, session: &Arc<Session>) -> (Stance, Option<u32>) {
         let placement = session.policy().placement;
         let machine = &self.scout.machine;
         let watched = self.watched.entry(session.id()).or_insert_with(|| Watched::new(session));

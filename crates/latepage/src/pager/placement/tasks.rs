@@ -9,16 +9,25 @@ const PART: u64 = 8;
 /// The threads of a VM that have gone to sleep since it was looked at before, with their cores, the most often first.
 #[derive(Clone, Debug, Default)]
 pub(in crate::pager) struct Look {
-    threads: Vec<(u64, usize)>,
+    threads: Vec<Sleeper>,
+}
+
+/// A thread that has gone to sleep.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Sleeper {
+    /// Its number.
+    pub(super) thread: u32,
+    /// How often it did.
+    pub(super) sleeps: u64,
+    /// The core that it ran on last.
+    pub(super) core: usize,
 }
 
 impl Look {
-    /// Of pairs: how often a thread went to sleep, and its core.
-    pub(super) fn of(threads: impl Iterator<Item = (u64, usize)>) -> Self {
-        let mut threads: Vec<_> = threads.collect();
-        threads.sort_unstable_by_key(|(sleeps, _)| std::cmp::Reverse(*sleeps));
-        let all: u64 = threads.iter().map(|(sleeps, _)| sleeps).sum();
-        threads.retain(|(sleeps, _)| *sleeps > 0 && sleeps * PART >= all);
+    pub(super) fn of(mut threads: Vec<Sleeper>) -> Self {
+        threads.sort_unstable_by_key(|thread| std::cmp::Reverse(thread.sleeps));
+        let all: u64 = threads.iter().map(|thread| thread.sleeps).sum();
+        threads.retain(|thread| thread.sleeps > 0 && thread.sleeps * PART >= all);
         Self { threads }
     }
 
@@ -29,19 +38,18 @@ impl Look {
 
     /// Their cores.
     pub(super) fn cores(&self) -> impl Iterator<Item = usize> + '_ {
-        self.threads.iter().map(|(_, core)| *core)
+        self.threads.iter().map(|thread| thread.core)
     }
 
-    /// The core of the one that has the largest part.
-    pub(super) fn busiest(&self) -> Option<usize> {
-        self.cores().next()
+    /// The one that has the largest part.
+    pub(super) fn busiest(&self) -> Option<Sleeper> {
+        self.threads.first().copied()
     }
 
-    /// The core of the one that has no equal: three quarters of all are its.
-    pub(super) fn alone(&self) -> Option<usize> {
-        let all: u64 = self.threads.iter().map(|(sleeps, _)| sleeps).sum();
-        let (most, core) = self.threads.first()?;
-        (most * 4 >= all * 3).then_some(*core)
+    /// The one that has no equal: three quarters of all are its.
+    pub(super) fn alone(&self) -> Option<Sleeper> {
+        let all: u64 = self.threads.iter().map(|thread| thread.sleeps).sum();
+        self.busiest().filter(|first| first.sleeps * 4 >= all * 3)
     }
 }
 
@@ -76,11 +84,16 @@ impl Tasks {
             if since > 0
                 && let Some(core) = read(&folder, thread, "stat").and_then(|text| last_core(&text))
             {
-                threads.push((since, core));
+                threads.push(Sleeper { thread, sleeps: since, core });
             }
         }
         self.sleeps = seen;
-        Some(Look::of(threads.into_iter()))
+        Some(Look::of(threads))
+    }
+
+    /// Where one of its threads ran last: a hundredth of what a look costs where there are many.
+    pub(super) fn core_of(&self, thread: u32) -> Option<usize> {
+        last_core(&read(&format!("/proc/{}/task", self.pid), thread, "stat")?)
     }
 }
 
@@ -117,11 +130,15 @@ mod tests {
 
     #[test]
     fn only_threads_with_a_part_in_it_count() {
-        let look = Look::of([(1, 5), (100, 2), (0, 4), (60, 1)].into_iter());
-        assert_eq!(look.cores().collect::<Vec<_>>(), [2, 1]);
-        assert_eq!((look.busiest(), look.alone(), look.threads()), (Some(2), None, 2));
-        assert_eq!(Look::of([(100, 2), (30, 1)].into_iter()).alone(), Some(2));
-        assert_eq!(Look::of(std::iter::empty()).alone(), None);
+        let look = |threads: &[(u64, usize)]| {
+            let sleepers = threads.iter().zip(1..);
+            Look::of(sleepers.map(|(&(sleeps, core), thread)| Sleeper { thread, sleeps, core }).collect())
+        };
+        let two = look(&[(1, 5), (100, 2), (0, 4), (60, 1)]);
+        assert_eq!(two.cores().collect::<Vec<_>>(), [2, 1]);
+        assert_eq!((two.busiest(), two.alone()), (Some(Sleeper { thread: 2, sleeps: 100, core: 2 }), None));
+        assert_eq!(look(&[(100, 2), (30, 1)]).alone().map(|sleeper| sleeper.core), Some(2));
+        assert_eq!(look(&[]).alone(), None);
     }
 
     #[test]
@@ -142,7 +159,8 @@ mod tests {
             ping.send(()).unwrap();
             ponged.recv().unwrap();
         }
-        assert!(tasks.look().unwrap().threads() > 0);
+        let busiest = tasks.look().unwrap().busiest().unwrap();
+        assert!(tasks.core_of(busiest.thread).is_some());
         drop(ping);
         other.join().unwrap();
         assert!(Tasks::new(u32::MAX >> 1).look().is_none(), "there is no such process");
