@@ -3,6 +3,7 @@
 #
 #   machine.sh build    what building takes: cargo, a C linker, Python 3.11 with venv; installs the last two where it may
 #   machine.sh demo     what the demo would rather have: it runs without, and says so
+#   machine.sh lab-build, lab-run    what building the lab's kernels takes, and booting them; installs it where it may
 #   machine.sh python   prints the Python to make .venv with
 set -euo pipefail
 
@@ -49,9 +50,29 @@ demo() {
         || lacks "no access to /dev/userfaultfd: grant it with an ACL (setfacl -m u:$(id -un):rw /dev/userfaultfd), or run as root"
 }
 
+# need COMMAND=PACKAGE...: the packages of what is not there, all at once.
+need() {
+    local pair packages=()
+    for pair in "$@"; do
+        command -v "${pair%=*}" >/dev/null || [ -e "${pair%=*}" ] || packages+=("${pair#*=}")
+    done
+    [ ${#packages[@]} = 0 ] || install "${packages[@]}" || lacks "the lab lacks what Debian packages as: ${packages[*]}"
+}
+
+lab_build() {
+    need /usr/src/linux-source-6.12.tar.xz=linux-source-6.12 gcc=gcc /usr/include/stdlib.h=libc6-dev make=make flex=flex bison=bison \
+        bc=bc perl=perl patch=patch xz=xz-utils lz4=lz4 /usr/include/libelf.h=libelf-dev /usr/include/openssl/ssl.h=libssl-dev
+}
+
+lab_run() {
+    need qemu-system-x86_64=qemu-system-x86 busybox=busybox-static cpio=cpio
+}
+
 case "${1:-}" in
     build) build ;;
     demo) demo ;;
+    lab-build) lab_build ;;
+    lab-run) lab_run ;;
     python) find_python ;;
-    *) lacks "machine.sh takes build, demo or python" ;;
+    *) lacks "machine.sh takes build, demo, lab-build, lab-run or python" ;;
 esac
