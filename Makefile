@@ -47,6 +47,13 @@ test-loom: $(VENV)/.machine ## the state table under every interleaving (loom)
 test-python: build wheel sdist ## Python's tests, the doc pages and the docstrings among them
 	$(BIN)/pytest
 
+# Not part of `make test`: the first time it builds two kernels, some ten minutes; they are kept outside this folder.
+.PHONY: lab
+lab: build ## tests/lab inside two kernels of our own, with memory-fault exits (docs/lab.md)
+	@lab/build
+	lab/run stock -- $(BIN)/pytest tests/lab
+	lab/run userfault -- $(BIN)/pytest tests/lab
+
 # Freestanding: no library, no start files, no vector registers, nothing but what stands in the folder.
 GUEST := $(CARGO_TARGET_DIR)/guest.elf
 GUEST_FLAGS := -std=c11 -O2 -Wall -Wextra -Wconversion -Werror -ffreestanding -nostdlib -static -no-pie -fno-pic \
