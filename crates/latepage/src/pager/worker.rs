@@ -211,7 +211,8 @@ impl Thread {
         }
         if let Some(until) = self.spin_until {
             if Instant::now() < until {
-                std::hint::spin_loop();
+                // Whoever it waits for may want to run on this very core.
+                rustix::thread::sched_yield();
                 return Some(AT_ONCE);
             }
             self.spin_until = None;

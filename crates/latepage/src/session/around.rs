@@ -15,6 +15,8 @@ pub(super) const LONGEST: u64 = 2 << 20;
 /// What comes before the faulting thread goes on, in bytes: about what a wake-up costs. The rest of a run follows piece by piece,
 /// and between two pieces other faults are served.
 pub(super) const PIECE: u64 = 64 << 10;
+/// How often a piece may be doubled: up to 512 KiB, some 150 µs.
+const DOUBLINGS: u32 = 3;
 /// Streams that a session remembers: a few a vCPU, since guests run more than one task.
 const STREAMS: usize = 16;
 /// How many pages that are there already a stream steps over to the next one that is not.
@@ -58,6 +60,9 @@ pub(super) struct Around {
     clock: u32,
     /// How many have something ahead.
     pending: u32,
+    /// Pieces that came behind one another of the stream `last`, while no other stream was hit.
+    undisturbed: u32,
+    last: usize,
 }
 
 impl Around {
@@ -72,7 +77,7 @@ impl Around {
             beside: 0,
             used: 0,
         };
-        Self { streams: [FREE; STREAMS], clock: 0, pending: 0 }
+        Self { streams: [FREE; STREAMS], clock: 0, pending: 0, undisturbed: 0, last: 0 }
     }
 
     /// Plans what comes with a fault on `page`, which is absent and lies at `place`. `stretch` holds the pages of its region that
@@ -92,6 +97,9 @@ impl Around {
             stream.thread == thread && stream.region == place.region && stream.expects(page, &is_absent)
         });
         let at = found.unwrap_or_else(|| self.oldest());
+        if found.is_none() || at != self.last {
+            (self.undisturbed, self.last) = (0, at);
+        }
         let caught_up = self.streams[at].ahead.contains(&page);
         self.set_ahead(at, 0..0);
         let stream = &mut self.streams[at];
@@ -144,8 +152,9 @@ impl Around {
         self.pending > 0
     }
 
-    /// The next piece of the stream that was hit last: which stream, and its pages.
-    pub(super) fn next_piece(&self, pages_of: impl Fn(u32) -> u32) -> Option<(usize, Range<u32>)> {
+    /// The next piece of the stream that was hit last: which stream, and its pages. As long as no other stream is hit, each piece is
+    /// twice as long as the one before, up to eight times [`PIECE`]: whoever walks would only wait for them one by one.
+    pub(super) fn next_piece(&mut self, pages_of: impl Fn(u32) -> u32) -> Option<(usize, Range<u32>)> {
         if self.pending == 0 {
             return None;
         }
@@ -153,9 +162,10 @@ impl Around {
         let pending = self.streams.iter().enumerate().filter(|(_, stream)| !stream.ahead.is_empty());
         let (at, stream) = pending.min_by_key(|(_, stream)| clock.wrapping_sub(stream.used))?;
         let Range { start, end } = stream.ahead;
-        let most = pages_of(start).max(1);
+        let most = pages_of(start).max(1) << self.undisturbed;
         let piece =
             if stream.down { end.saturating_sub(most).max(start)..end } else { start..end.min(start + most) };
+        self.undisturbed = (self.undisturbed + 1).min(DOUBLINGS);
         Some((at, piece))
     }
 

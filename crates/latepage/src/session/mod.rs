@@ -21,7 +21,7 @@ mod tests;
 mod waiting;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Instant;
 
@@ -129,6 +129,8 @@ pub struct Session {
     process: Mutex<Option<PidFd>>,
     /// Pages that the guest is still owed contents for: absent or in flight.
     owed: AtomicU64,
+    /// Slices of population since the VM had its last fault, as far as that counts.
+    calm: AtomicU32,
     end: OnceLock<End>,
     gate: Gate<Option<Core>>,
 }
@@ -169,6 +171,7 @@ impl Session {
             vcpus,
             pages: Pages::new(layout.pages()),
             owed: AtomicU64::new(u64::from(layout.pages())),
+            calm: AtomicU32::new(0),
             stats: Stats::new(policy.trace),
             layout,
             policy,

@@ -5,17 +5,32 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
-use super::answer::checked;
+use super::answer::{at_hand, checked};
 use super::report::Report;
 use super::{Core, Scratch, Session};
 use crate::install::Stop;
-use crate::source::Answer;
+use crate::source::{Answer, AtHand};
+use crate::sys::mapping::Window;
 
 /// Read at a time.
 const READ: u64 = 1 << 20;
+/// Taken at a time of what need not be read: then other sessions have their turn.
+const AT_HAND: u64 = 4 << 20;
 /// Installed at a time: about what a wake-up costs, since a fault of this VM may have to wait for it. A page of 2 MiB is one slice.
 const SLICE: u64 = 64 << 10;
+/// How often a slice may be doubled while the VM has no fault: up to 512 KiB, some 150 µs.
+const DOUBLINGS: u32 = 3;
+
+/// What population installs.
+#[derive(Clone, Copy)]
+enum Contents<'a> {
+    /// What a source answered.
+    Answer(Answer<'a>),
+    /// What it has at hand, which only the kernel reads.
+    Window(Window<'a>),
+}
 
 /// What one step of population came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,7 +48,7 @@ pub enum Sliced {
 }
 
 impl Session {
-    /// Brings the next absent pages of `range`, about a megabyte, and moves its start behind them. Called on a thread that may
+    /// Brings the next absent pages of `range`, a few megabytes at most, and moves its start behind them. Called on a thread that may
     /// wait for the source.
     pub fn populate(self: &Arc<Self>, range: &mut Range<u32>, scratch: &mut Scratch) -> Sliced {
         if self.end().is_some() {
@@ -46,14 +61,22 @@ impl Session {
         let place = self.layout.place(absent.start);
         let unit = place.page_size.bytes();
         let limit = absent.end.min(self.layout.region_end(absent.start));
-        let pages = (limit - absent.start).min((READ / unit).max(1) as u32);
+        let most = |bytes: u64| (limit - absent.start).min((bytes / unit).max(1) as u32);
+        if let Some(sliced) = self.populate_at_hand(absent.start, most(AT_HAND), unit, range, scratch) {
+            return sliced;
+        }
+        let pages = most(READ);
 
         let mut bytes = std::mem::take(&mut scratch.reading);
         let asked = pages as usize * unit as usize;
         let (source, wide) = (&self.source, unit as usize);
         let answer = checked(|| source.wait_ahead(place.offset, asked, wide, &mut bytes), asked, wide, false);
         let sliced = match answer {
-            Ok(answer) => self.install_slices(absent.start, answer, unit, range, scratch),
+            Ok(answer) => {
+                let run = absent.start..absent.start + answer.pages(wide);
+                let sliced = self.install_slices(run, Contents::Answer(answer), unit, range, scratch);
+                sliced.unwrap_or(Sliced::More)
+            }
             Err(reason) => {
                 self.host.report(self, Report::PopulationStopped { page: absent.start, reason });
                 Sliced::Stopped
@@ -63,32 +86,60 @@ impl Session {
         sliced
     }
 
-    fn install_slices(
+    /// The same, of what need not be read. `None` where nothing is at hand there.
+    fn populate_at_hand(
         self: &Arc<Self>,
         first: u32,
-        answer: Answer<'_>,
+        pages: u32,
         unit: u64,
         range: &mut Range<u32>,
         scratch: &mut Scratch,
-    ) -> Sliced {
-        let end = first + answer.pages(unit as usize);
+    ) -> Option<Sliced> {
+        let (offset, length) = (self.layout.place(first).offset, pages as usize * unit as usize);
+        let (contents, bytes) = match at_hand(&*self.source, offset, length, unit as usize)? {
+            AtHand::Contents(window) => {
+                window.map_in();
+                (Contents::Window(window), window.len() as u64)
+            }
+            AtHand::Zero(bytes) => (Contents::Answer(Answer::Zero(bytes)), bytes),
+        };
+        self.install_slices(first..first + (bytes / unit) as u32, contents, unit, range, scratch)
+    }
+
+    /// Installs what is still absent of a run, slice by slice. `None` where a window shows nothing (any more): from the start of
+    /// `range` on it must be read.
+    fn install_slices(
+        self: &Arc<Self>,
+        run: Range<u32>,
+        contents: Contents<'_>,
+        unit: u64,
+        range: &mut Range<u32>,
+        scratch: &mut Scratch,
+    ) -> Option<Sliced> {
+        let Range { start: first, end } = run;
         let mut at = first;
         while at < end {
-            let slice = at..end.min(at + (SLICE / unit).max(1) as u32);
-            let part = answer.part(slice.start - first..slice.end - first, unit as usize);
-            let stopped =
-                self.inside(scratch, |core, _| self.install_absent(core, slice.clone(), part, unit as usize));
+            let calm = self.calm.load(Ordering::Relaxed);
+            self.calm.store((calm + 1).min(DOUBLINGS), Ordering::Relaxed);
+            let slice = at..end.min(at + ((SLICE << calm) / unit).max(1) as u32);
+            let stopped = self.inside(scratch, |core, _| {
+                self.install_absent(core, slice.clone(), first, contents, unit as usize)
+            });
             match stopped {
-                None => return Sliced::Done,
+                None => return Some(Sliced::Done),
                 Some(None) => at = slice.end,
                 Some(Some(stop @ (Stop::Busy | Stop::NoMemory))) => {
                     range.start = slice.start;
-                    return if stop == Stop::Busy { Sliced::Wait } else { Sliced::Starved };
+                    return Some(if stop == Stop::Busy { Sliced::Wait } else { Sliced::Starved });
                 }
                 // It counts as removed now: the walk goes on behind it.
                 Some(Some(Stop::Unmapped)) => {
                     range.start = slice.start;
-                    return Sliced::More;
+                    return Some(Sliced::More);
+                }
+                Some(Some(Stop::Hole)) if matches!(contents, Contents::Window(_)) => {
+                    range.start = slice.start;
+                    return None;
                 }
                 // Such a page is left to the fault that asks for it, and to what comes of that.
                 Some(Some(_)) => at = slice.end,
@@ -96,28 +147,36 @@ impl Session {
             range.start = at;
         }
         range.start = end;
-        Sliced::More
+        Some(Sliced::More)
     }
 
-    /// Installs what is still absent of a run.
+    /// Installs what is still absent of a slice. `contents` begin at page `first`.
     fn install_absent(
         &self,
         core: &mut Core,
-        run: Range<u32>,
-        answer: Answer<'_>,
+        slice: Range<u32>,
+        first: u32,
+        contents: Contents<'_>,
         unit: usize,
     ) -> Option<Stop> {
-        let mut at = run.start;
-        while at < run.end {
+        let mut at = slice.start;
+        while at < slice.end {
             if !self.pages.claim_absent(at) {
                 at += 1;
                 continue;
             }
             let mut end = at + 1;
-            while end < run.end && self.pages.claim_absent(end) {
+            while end < slice.end && self.pages.claim_absent(end) {
                 end += 1;
             }
-            let stopped = self.put(core, at..end, answer.part(at - run.start..end - run.start, unit), None);
+            let part = at - first..end - first;
+            let stopped = match contents {
+                Contents::Answer(answer) => self.put(core, at..end, answer.part(part, unit), None),
+                Contents::Window(window) => {
+                    let bytes = part.start as usize * unit..part.end as usize * unit;
+                    self.put_window(core, at..end, window.part(bytes), None)
+                }
+            };
             if stopped.is_some() {
                 return stopped;
             }

@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::MutexGuard;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::batch::side_by_side;
@@ -112,6 +113,7 @@ impl Session {
             }
             let faults = scratch.batch.faults.len();
             if faults > 0 && served == 0 {
+                self.calm.store(0, Ordering::Relaxed);
                 self.stats.gaps.record(since.saturating_duration_since(core.served).as_nanos() as u64);
             }
             served += faults as u32;

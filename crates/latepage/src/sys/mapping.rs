@@ -381,6 +381,14 @@ impl Window<'_> {
         usize::try_from(copied).map_err(|_| last_errno())
     }
 
+    /// Has the kernel map all of it in one go, for whoever copies much from it: page by page that costs as much as the copy.
+    /// Reads what is not in memory. Where the kernel cannot, the copy still can.
+    pub fn map_in(&self) {
+        let start: *mut c_void = self.start.cast_mut().cast();
+        // SAFETY: the window lies in a mapping that outlives it, and mapping its pages changes nothing in them.
+        let _ = unsafe { rustix::mm::madvise(start, self.length, Advice::LinuxPopulateRead) };
+    }
+
     /// Has the kernel write it into a file at `offset`. Short where the window shows nothing any more; the count is of bytes.
     ///
     /// # Errors

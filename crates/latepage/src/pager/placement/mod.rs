@@ -53,11 +53,13 @@ impl Stance {
     }
 }
 
-/// The stance of a worker most of whose work comes from one VM, of which `look` is what can be seen of its threads; and the thread that
+/// The stance of a worker most of whose work comes from one VM, of which `look` is what can be seen of its threads, and `restless` says
+/// that the scheduler does not leave them on their cores; and the thread that
 /// it follows from core to core, if it does.
 fn decide(
     placement: Placement,
     look: Option<&Look>,
+    restless: bool,
     gaps: &GapsSnapshot,
     machine: &Machine,
 ) -> (Stance, Option<u32>) {
@@ -76,7 +78,7 @@ fn decide(
         Placement::SameCore => look.and_then(Look::busiest).and_then(join).unwrap_or((asleep(), None)),
         // A core that is not there has been told of, and is as good as no wish.
         Placement::Auto | Placement::Core(_) => {
-            look.and_then(Look::alone).and_then(join).unwrap_or_else(|| {
+            look.filter(|_| !restless).and_then(Look::alone).and_then(join).unwrap_or_else(|| {
                 // Whoever spins takes a core from somebody unless one is to spare.
                 let busy = look.map_or(1, Look::threads);
                 let spare = busy < machine.allowed().len() && machine.has_idle_core();
@@ -100,7 +102,7 @@ mod tests {
     }
 
     fn stance(placement: Placement, look: Option<&Look>, gaps: &GapsSnapshot, machine: &Machine) -> Stance {
-        decide(placement, look, gaps, machine).0
+        decide(placement, look, false, gaps, machine).0
     }
 
     fn on(core: usize) -> Stance {
@@ -112,8 +114,21 @@ mod tests {
         let machine = Machine::fake(&[&[0, 1, 2, 3]], 4);
         for others in [&[][..], &[(9, 1)], &[(3, 1), (3, 2)]] {
             let threads = [&[(100, 3)], others].concat();
-            assert_eq!(decide(Placement::Auto, Some(&look(&threads)), &SELDOM, &machine), (on(3), Some(1)));
+            assert_eq!(
+                decide(Placement::Auto, Some(&look(&threads)), false, &SELDOM, &machine),
+                (on(3), Some(1))
+            );
         }
+    }
+
+    #[test]
+    fn auto_does_not_run_after_a_thread_that_will_not_stay() {
+        let machine = Machine::fake(&[&[0, 1, 2, 3]], 2);
+        let one = look(&[(100, 3)]);
+        let (spinning, follows) = decide(Placement::Auto, Some(&one), true, &PAYS, &machine);
+        assert!(spinning.on == On::Any && spinning.spin > Duration::ZERO && follows.is_none());
+        let same = decide(Placement::SameCore, Some(&one), true, &PAYS, &machine);
+        assert_eq!(same, (on(3), Some(1)), "as the user says");
     }
 
     #[test]

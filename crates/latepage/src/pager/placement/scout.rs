@@ -20,6 +20,10 @@ const SOON: Duration = Duration::from_millis(2);
 const SELDOM: Duration = Duration::from_millis(32);
 /// Between two looks at where the thread runs that a worker follows: the scheduler may move it at any time.
 const STEP: Duration = Duration::from_millis(1);
+/// Moves between two looks after which nobody runs after a thread for a while. Where a core is idle, the scheduler may wake it there
+/// each time, since its own is the worker's.
+const STAYS: u32 = 1;
+const RESTLESS: Duration = Duration::from_millis(200);
 /// A worker that serves fewer faults a second is left alone: nobody would notice.
 const LIVELY: u64 = 500;
 /// Most of a worker's work: three quarters.
@@ -100,6 +104,10 @@ struct Watched {
     /// Of its process; `None` where it cannot be seen, or is the pager's own.
     tasks: Option<Tasks>,
     gaps: GapsSnapshot,
+    /// How often the thread that is followed was found on another core since the last look.
+    moves: u32,
+    /// Until when nobody runs after it.
+    restless: Option<Instant>,
 }
 
 impl Watched {
@@ -107,7 +115,7 @@ impl Watched {
         let mut tasks = session.pid().filter(|pid| *pid != std::process::id()).map(Tasks::new);
         // The first look only counts.
         tasks.as_mut().map(Tasks::look);
-        Self { tasks, gaps: session.stats().gaps.snapshot() }
+        Self { tasks, gaps: session.stats().gaps.snapshot(), moves: 0, restless: None }
     }
 }
 
@@ -159,7 +167,7 @@ impl Round {
     }
 
     /// Sleeps for so long, but for a glance now and then at threads that are followed. False once the pager ends.
-    fn rest(&self, pause: Duration) -> bool {
+    fn rest(&mut self, pause: Duration) -> bool {
         let mut left = pause;
         while !left.is_zero() {
             let step = if self.follows.is_empty() { left } else { left.min(STEP) };
@@ -176,13 +184,17 @@ impl Round {
         true
     }
 
-    fn follow(&self, shared: &Shared) {
+    fn follow(&mut self, shared: &Shared) {
         let workers = shared.workers.get().map_or(&[][..], Vec::as_slice);
-        for (number, session, thread) in &self.follows {
+        for at in 0..self.follows.len() {
+            let (number, session, thread) = &self.follows[at].clone();
             let tasks = self.watched.get(session).and_then(|watched| watched.tasks.as_ref());
             let core = tasks.and_then(|tasks| tasks.core_of(*thread));
             if let Some(core) = core.filter(|core| self.scout.machine.may_use(*core)) {
-                self.take(&workers[*number], Stance { on: On::Core(core), spin: Duration::ZERO });
+                let moved = self.take(&workers[*number], Stance { on: On::Core(core), spin: Duration::ZERO });
+                if let Some(watched) = self.watched.get_mut(session) {
+                    watched.moves += u32::from(moved);
+                }
             }
         }
     }
@@ -263,7 +275,12 @@ impl Round {
         let now = session.stats().gaps.snapshot();
         let gaps = now.since(&std::mem::replace(&mut watched.gaps, now));
         let look = look.filter(|look| look.threads() > 0);
-        decide(placement, look.as_ref(), &gaps, machine)
+        let now = Instant::now();
+        if std::mem::take(&mut watched.moves) > STAYS {
+            watched.restless = Some(now + RESTLESS);
+        }
+        let restless = watched.restless.is_some_and(|until| now < until);
+        decide(placement, look.as_ref(), restless, &gaps, machine)
     }
 
     /// Has a worker take a stance. Whether it had another one.
