@@ -5,17 +5,17 @@ use std::ops::Range;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
-use rustix::io::Errno;
-
 use crate::memory::Bitmap;
 use crate::sys::file;
 use crate::sys::mapping::Mapping;
 
 use super::AtHand;
-use super::file::Opened;
+use super::opened::Opened;
 
 /// What the bits stand for.
 pub(super) const PAGE: u64 = 4096;
+/// What is looked at of a page before all of it is.
+const HEAD: usize = 64;
 /// Looked at in one go.
 pub(super) const STRETCH: u64 = 2 << 20;
 
@@ -42,7 +42,7 @@ pub(super) struct Looking {
 impl Looking {
     pub(super) fn new() -> Self {
         let buffer = |length: u64| vec![0; length as usize].into_boxed_slice();
-        Self { resident: buffer(STRETCH / PAGE), bytes: buffer(STRETCH) }
+        Self { resident: buffer(STRETCH / PAGE), bytes: buffer(STRETCH / PAGE * HEAD as u64 + PAGE) }
     }
 }
 
@@ -80,6 +80,25 @@ impl Cached {
             contents += step;
         }
         (there > 0).then(|| AtHand::Contents(self.view.window(offset as usize, contents * PAGE as usize)))
+    }
+
+    /// Whether all of a range is there.
+    pub(super) fn is_there(&self, range: &Range<u64>) -> bool {
+        let (start, end) = ((range.start / PAGE) as usize, (range.end / PAGE) as usize);
+        self.there.run(start..end, true) == end
+    }
+
+    /// Waits until a stretch of data, or a part of one, has come into memory, and learns of it.
+    pub(super) fn draw(
+        &self,
+        file: &Opened,
+        range: Range<u64>,
+        with: &mut Looking,
+        still: impl Fn() -> bool,
+    ) {
+        let pages = (range.start / PAGE) as usize..(range.end / PAGE) as usize;
+        let seen = self.learn(file, pages, &mut with.bytes, still);
+        self.there.fill(seen, true);
     }
 
     /// Unmaps all of it: what nobody has mapped can be evicted, by whoever wants that, and comes back page by page.
@@ -138,15 +157,7 @@ impl Cached {
         while at < pages.end {
             at = self.known.run(at..pages.end, true);
             let new = at..self.known.run(at..pages.end, false);
-            let read = new.start..new.start + self.read(file, &new, buffer) / PAGE as usize;
-            if !read.is_empty() && still() {
-                for (page, contents) in read.clone().zip(buffer.chunks_exact(PAGE as usize)) {
-                    if all_zero(contents) {
-                        self.zero.fill(page..page + 1, true);
-                    }
-                }
-                self.known.fill(read, true);
-            }
+            self.learn(file, new.clone(), buffer, &still);
             at = new.end;
         }
         // After what is known of it: whoever sees that it is there sees that, too.
@@ -158,24 +169,40 @@ impl Cached {
         }
     }
 
-    /// Reads pages that are in memory, so that this does not wait for long; should they have gone again, it reads them. Returns how
-    /// many bytes could be had.
-    fn read(&self, file: &Opened, pages: &Range<usize>, buffer: &mut [u8]) -> usize {
-        if pages.is_empty() {
-            return 0;
+    /// Looks which pages are zero, and returns those of which that is known now. It waits for those that are not in memory.
+    fn learn(
+        &self,
+        file: &Opened,
+        pages: Range<usize>,
+        buffer: &mut [u8],
+        still: impl Fn() -> bool,
+    ) -> Range<usize> {
+        let nothing = pages.start..pages.start;
+        let (heads, rest) = buffer.split_at_mut(pages.len() * HEAD);
+        let window = self.view.window(pages.start * PAGE as usize, pages.len() * PAGE as usize);
+        let seen = match window.copy_heads_to(PAGE as usize, HEAD, heads) {
+            Ok(bytes) => pages.start..pages.start + bytes / HEAD,
+            Err(_) => return nothing,
+        };
+        for (page, head) in seen.clone().zip(heads.chunks_exact(HEAD)) {
+            // Most pages that are not zero show it here.
+            let zero = all_zero(head) && {
+                let (offset, whole) = (page as u64 * PAGE, &mut rest[..PAGE as usize]);
+                file::read(file.fd.as_fd(), whole, offset) == Ok(PAGE as usize) && all_zero(whole)
+            };
+            if zero && still() {
+                self.zero.fill(page..page + 1, true);
+            }
         }
-        let (from, buffer) = (pages.start * PAGE as usize, &mut buffer[..pages.len() * PAGE as usize]);
-        match self.view.window(from, buffer.len()).copy_to(buffer) {
-            // A sandbox may forbid it.
-            Err(Errno::PERM | Errno::NOSYS) => file::read(file.fd.as_fd(), buffer, from as u64),
-            copied => copied,
+        if !still() {
+            return nothing;
         }
-        .unwrap_or(0)
+        self.known.fill(seen.clone(), true);
+        seen
     }
 }
 
-/// Whether a page is all zero. Most others show it in their first words.
-fn all_zero(page: &[u8]) -> bool {
-    page[..8].iter().all(|byte| *byte == 0)
-        && page.chunks_exact(64).all(|line| line.iter().fold(0, |seen, byte| seen | byte) == 0)
+/// Whether all of it is zero; a multiple of 64 bytes.
+fn all_zero(bytes: &[u8]) -> bool {
+    bytes.chunks_exact(64).all(|line| line.iter().fold(0, |seen, byte| seen | byte) == 0)
 }

@@ -1,18 +1,19 @@
 //! A memory file: the snapshot of a VM's memory as one regular file.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustix::fs::{FileType, Mode, OFlags, Stat};
 use rustix::io::Errno;
 
 use crate::memory::{Bitmap, Layout};
 use crate::sys::file;
 
 use super::cached::{self, Cached};
+use super::cold::Cold;
 use super::extents::{Extent, Extents};
 use super::lease::{Guard, Readable};
+use super::opened::Opened;
 use super::survey::{Survey, Surveyed};
 use super::{Answer, AtHand, Source, SourceError, SourceNotice};
 
@@ -27,34 +28,7 @@ pub struct FileSource {
     /// Pages that are known to be zero, though they are data.
     zero: Arc<Bitmap>,
     at_hand: Option<(Arc<Cached>, Survey)>,
-}
-
-/// The file, and what it was when it was opened.
-#[derive(Debug)]
-pub(super) struct Opened {
-    pub(super) fd: OwnedFd,
-    pub(super) path: PathBuf,
-    pub(super) size: u64,
-    /// Time of modification: seconds and nanoseconds.
-    modified: (i64, i64),
-}
-
-impl Opened {
-    /// What about the file is no longer as it was, if anything.
-    pub(super) fn difference(&self) -> Option<&'static str> {
-        match rustix::fs::fstat(&self.fd) {
-            Ok(stat) if stat.st_size as u64 != self.size => Some("its size differs"),
-            Ok(stat) if modified(&stat) != self.modified => Some("its time of modification differs"),
-            Ok(_) => None,
-            Err(_) => Some("it cannot be looked at any more"),
-        }
-    }
-}
-
-fn modified(stat: &Stat) -> (i64, i64) {
-    // The type of the nanoseconds differs between architectures.
-    #[allow(clippy::unnecessary_cast)]
-    (stat.st_mtime as i64, stat.st_mtime_nsec as i64)
+    cold: Cold,
 }
 
 /// How a page is had without waiting for a device.
@@ -81,34 +55,15 @@ impl FileSource {
         path: PathBuf,
         guard: impl FnOnce(Arc<Opened>) -> Result<Guard, Errno>,
     ) -> Result<Self, SourceError> {
-        // O_NONBLOCK: opening a pipe or a device must not wait. It means nothing for regular files.
-        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOCTTY | OFlags::NONBLOCK;
-        let fd = match rustix::fs::open(&path, flags, Mode::empty()) {
-            Ok(fd) => fd,
-            Err(Errno::NOENT) => return Err(SourceError::Missing { path }),
-            Err(Errno::NXIO) => {
-                return Err(SourceError::NotRegular { path, kind: "a socket or a device without a driver" });
-            }
-            Err(errno) => return Err(SourceError::Unreadable { path, errno }),
-        };
-        let stat = match rustix::fs::fstat(&fd) {
-            Ok(stat) => stat,
-            Err(errno) => return Err(SourceError::Unreadable { path, errno }),
-        };
-        if let Some(kind) = irregular(&stat) {
-            return Err(SourceError::NotRegular { path, kind });
-        }
-        let size = stat.st_size as u64;
-        if size == 0 {
-            return Err(SourceError::Empty { path });
-        }
-        let at_once = match file::read_cached(fd.as_fd(), &mut [0], 0) {
+        let opened = Opened::open(path)?;
+        let (fd, size) = (opened.fd.as_fd(), opened.size);
+        let at_once = match file::read_cached(fd, &mut [0], 0) {
             Ok(_) | Err(Errno::AGAIN) => AtOnce::Cached,
-            Err(Errno::OPNOTSUPP) if file::lives_in_memory(fd.as_fd()) => AtOnce::Memory,
+            Err(Errno::OPNOTSUPP) if file::lives_in_memory(fd) => AtOnce::Memory,
             Err(Errno::OPNOTSUPP) => AtOnce::Never,
-            Err(errno) => return Err(SourceError::Read { path, offset: 0, errno }),
+            Err(errno) => return Err(SourceError::Read { path: opened.path, offset: 0, errno }),
         };
-        let opened = Arc::new(Opened { fd, path, size, modified: modified(&stat) });
+        let opened = Arc::new(opened);
         // The lease first: the holes are those of a file that nobody writes.
         let guard = guard(Arc::clone(&opened))
             .map_err(|errno| SourceError::Unreadable { path: opened.path.clone(), errno })?;
@@ -133,7 +88,9 @@ impl FileSource {
             let of = Surveyed { file, extents, cached: Arc::clone(&cached), trust: guard.trust() };
             (cached, Survey::start(of))
         });
-        Ok(Self { file: opened, extents, at_once, guard, zero, at_hand })
+        let cached = at_hand.as_ref().map(|(cached, _)| Arc::clone(cached));
+        let cold = Cold::new(Arc::clone(&opened), Arc::clone(&extents), cached, guard.trust());
+        Ok(Self { file: opened, extents, at_once, guard, zero, at_hand, cold })
     }
 
     /// The path that it was opened by.
@@ -164,6 +121,15 @@ impl FileSource {
                 zero => Plan::Zero(zero),
             },
         })
+    }
+
+    /// Whether a page is not in memory and not on its way there, as of the last look.
+    fn is_cold(&self, offset: u64) -> bool {
+        let missing = |cached: &Cached| !cached.is_there(&(offset..offset + cached::PAGE));
+        self.at_once == AtOnce::Cached
+            && self.guard.is_leased()
+            && self.at_hand.as_ref().is_some_and(|(cached, survey)| survey.has_looked() && missing(cached))
+            && !self.cold.is_coming(offset)
     }
 
     /// How many bytes of data from `offset` on are known to be zero, in whole units.
@@ -260,6 +226,10 @@ impl Source for FileSource {
         unit: usize,
         scratch: &'a mut [u8],
     ) -> Result<Answer<'a>, SourceError> {
+        // Asked for it, the kernel would read ahead on this very thread. But zero needs no reading.
+        if matches!(self.plan(offset, length, unit)?, Plan::Read(_)) && self.is_cold(offset) {
+            return Ok(Answer::Later);
+        }
         self.answer(offset, length, unit, scratch, true)
     }
 
@@ -300,6 +270,28 @@ impl Source for FileSource {
         unit: usize,
         scratch: &'a mut [u8],
     ) -> Result<Answer<'a>, SourceError> {
+        let answer = self.answer(offset, length, unit, scratch, false);
+        if self.at_once == AtOnce::Cached && matches!(answer, Ok(Answer::Bytes(_))) {
+            self.cold.missed(offset);
+        }
+        answer
+    }
+
+    fn wait_ahead<'a>(
+        &'a self,
+        offset: u64,
+        length: usize,
+        unit: usize,
+        scratch: &'a mut [u8],
+    ) -> Result<Answer<'a>, SourceError> {
+        let end = offset.saturating_add(length as u64).min(self.file.size);
+        let there = |cached: &Cached| cached.is_there(&(offset..end));
+        if offset < end
+            && self.at_once == AtOnce::Cached
+            && !self.at_hand.as_ref().is_some_and(|(cached, _)| there(cached))
+        {
+            self.cold.populating(offset);
+        }
         self.answer(offset, length, unit, scratch, false)
     }
 
@@ -335,18 +327,6 @@ impl Source for FileSource {
         if let Some((_, survey)) = &self.at_hand {
             survey.rest();
         }
+        self.cold.rest();
     }
-}
-
-/// What a file is that is no regular one.
-fn irregular(stat: &Stat) -> Option<&'static str> {
-    Some(match FileType::from_raw_mode(stat.st_mode) {
-        FileType::RegularFile => return None,
-        FileType::Directory => "a directory",
-        FileType::Fifo => "a pipe",
-        FileType::Socket => "a socket",
-        FileType::CharacterDevice => "a character device",
-        FileType::BlockDevice => "a block device",
-        _ => "something else",
-    })
 }

@@ -28,7 +28,7 @@ use rustix::io::Errno;
 
 use crate::sys::lease::{self, Breaks};
 
-use super::file::Opened;
+use super::opened::Opened;
 use super::{NoLease, SourceError, SourceNotice};
 
 /// Without a lease there is no moment from which on reads are not trusted.

@@ -7,12 +7,15 @@
 //!
 //! A source knows nothing of userfaultfd, of sessions, or of how contents get into a guest. See `docs/source.md`.
 
+mod ahead;
 mod cached;
+mod cold;
 mod error;
 mod extents;
 mod file;
 mod lease;
 mod notice;
+mod opened;
 pub mod queue;
 mod survey;
 #[cfg(test)]

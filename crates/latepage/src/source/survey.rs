@@ -2,14 +2,15 @@
 //!
 //! It looks once when the file is opened, and again when it is asked to, which is about once a second while VMs lack memory.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use super::cached::{Cached, Looking, STRETCH};
 use super::extents::Extents;
-use super::file::Opened;
 use super::lease::Trust;
+use super::opened::Opened;
 
 /// How long a look may take that is not the first: of a large file it goes on from there the next time.
 const AT_A_TIME: Duration = Duration::from_millis(20);
@@ -28,6 +29,8 @@ pub(super) struct Survey {
 struct Shared {
     wish: Mutex<Wish>,
     changed: Condvar,
+    /// It has looked at all of the file, once at least.
+    looked: AtomicBool,
 }
 
 #[derive(Debug, Default)]
@@ -80,6 +83,11 @@ impl Survey {
         }
     }
 
+    /// Whether it has looked at all of the file once.
+    pub(super) fn has_looked(&self) -> bool {
+        self.shared.looked.load(Ordering::Acquire)
+    }
+
     /// A VM comes. Returns whether it is the first since the last [`rest`](Self::rest).
     pub(super) fn serve(&self) -> bool {
         let mut wish = self.shared.wish();
@@ -130,7 +138,7 @@ fn keep(shared: &Shared, of: &Surveyed) {
     let (mut from, mut first) = (0, true);
     loop {
         let mut wish = shared.wish();
-        while !(wish.look || wish.ended || !wish.serving && !wish.unmapped) {
+        while !wish.look && !wish.ended && (wish.serving || wish.unmapped) {
             wish = shared.changed.wait(wish).unwrap_or_else(PoisonError::into_inner);
         }
         if wish.ended {
@@ -145,6 +153,7 @@ fn keep(shared: &Shared, of: &Surveyed) {
             let deadline = (!first).then(|| Instant::now() + AT_A_TIME);
             from = walk(shared, of, from, deadline, &mut with);
             first = false;
+            shared.looked.store(true, Ordering::Release);
         } else {
             of.cached.unmap();
         }

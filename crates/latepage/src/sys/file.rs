@@ -74,3 +74,19 @@ pub fn tells_what_is_cached(file: BorrowedFd<'_>) -> bool {
     let flags = AtFlags::EACCESS | AtFlags::EMPTY_PATH;
     own || rustix::fs::accessat(file, "", Access::WRITE_OK, flags).is_ok()
 }
+
+/// How many bytes the kernel is told to read ahead on the device that a file lies on; 128 KiB, its own choice, where that is not known.
+pub fn read_ahead(file: BorrowedFd<'_>) -> u64 {
+    let told = || {
+        let device = rustix::fs::fstat(file).ok()?.st_dev;
+        let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
+        // A partition's is its disk's.
+        let setting = [
+            format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb"),
+            format!("/sys/dev/block/{major}:{minor}/../queue/read_ahead_kb"),
+        ];
+        let text = setting.iter().find_map(|path| fs::read_to_string(path).ok())?;
+        text.trim().parse::<u64>().ok()
+    };
+    told().unwrap_or(128) << 10
+}

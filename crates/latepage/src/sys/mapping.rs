@@ -365,20 +365,59 @@ impl Window<'_> {
         Self { start: self.start.wrapping_add(range.start), length: range.len(), mapping: PhantomData }
     }
 
-    /// Has the kernel copy its first bytes to where they can be looked at, process_vm_readv(2) of this process itself. Short where
-    /// the window shows nothing any more; the count is of bytes.
+    /// Has the kernel copy all of it to where it can be looked at; see [`copy_heads_to`](Self::copy_heads_to).
     ///
     /// # Errors
-    /// The errno of process_vm_readv(2); EFAULT where the window does not even show its first byte.
+    /// As there.
+    ///
+    /// # Panics
+    /// As there.
     pub fn copy_to(&self, into: &mut [u8]) -> Result<usize, Errno> {
-        let length = self.length.min(into.len());
-        let to = libc::iovec { iov_base: into.as_mut_ptr().cast(), iov_len: length };
-        let from = libc::iovec { iov_base: self.start.cast_mut().cast(), iov_len: length };
+        self.copy_heads_to(self.length, self.length, into)
+    }
+
+    /// Has the kernel copy the first `head` bytes of every `step` to where they can be looked at, one behind the other:
+    /// process_vm_readv(2) of this process itself. Short where the window shows nothing any more. Returns how many bytes came, whole
+    /// heads.
+    ///
+    /// # Errors
+    /// The errno of process_vm_readv(2); EFAULT where the window does not even show its first byte. EPERM and ENOSYS: a sandbox
+    /// forbids it.
+    ///
+    /// # Panics
+    /// If `into` has not exactly the room.
+    pub fn copy_heads_to(&self, step: usize, head: usize, into: &mut [u8]) -> Result<usize, Errno> {
+        /// `UIO_MAXIOV` (`linux/uio.h`).
+        const MOST: usize = 1024;
+        let heads = self.length / step;
+        assert!(head <= step && into.len() == heads * head, "{heads} heads into {} bytes", into.len());
         let me = rustix::process::getpid().as_raw_nonzero().get();
-        // SAFETY: `to` spans a part of `into`, which is ours alone for the call. The window is only read, and by the kernel: it
-        // answers EFAULT, and raises nothing, where there is no page.
-        let copied = unsafe { libc::process_vm_readv(me, &raw const to, 1, &raw const from, 1, 0) };
-        usize::try_from(copied).map_err(|_| last_errno())
+        let mut from = [const { libc::iovec { iov_base: ptr::null_mut(), iov_len: 0 } }; MOST];
+        let mut done = 0;
+        while done < heads {
+            let count = (heads - done).min(MOST);
+            for (at, from) in from[..count].iter_mut().enumerate() {
+                from.iov_base = self.start.wrapping_add((done + at) * step).cast_mut().cast();
+                from.iov_len = head;
+            }
+            let room = &mut into[done * head..(done + count) * head];
+            let to = libc::iovec { iov_base: room.as_mut_ptr().cast(), iov_len: room.len() };
+            // SAFETY: `to` spans `room`, which is ours alone for the call. The window is only read, and by the kernel: it answers
+            // EFAULT, and raises nothing, where there is no page.
+            let copied = unsafe {
+                libc::process_vm_readv(me, &raw const to, 1, from.as_ptr(), count as libc::c_ulong, 0)
+            };
+            let copied = match usize::try_from(copied) {
+                Ok(copied) => copied / head,
+                Err(_) if done > 0 => 0,
+                Err(_) => return Err(last_errno()),
+            };
+            done += copied;
+            if copied < count {
+                break;
+            }
+        }
+        Ok(done * head)
     }
 
     /// Has the kernel map all of it in one go, for whoever copies much from it: page by page that costs as much as the copy.

@@ -171,3 +171,36 @@ fn a_file_that_nobody_needs_can_be_evicted_and_is_then_not_thought_to_be_there()
 fn with_memory(scrap: &Scrap) -> bool {
     crate::sys::file::lives_in_memory(File::open(scrap).unwrap().as_fd())
 }
+
+#[test]
+fn misses_draw_what_lies_around_them_into_memory_and_it_is_right() {
+    let scrap = Scrap::path();
+    // Of two stretches; every ninth page is zero.
+    let page = |number: usize| [if number.is_multiple_of(9) { 0 } else { number as u8 | 1 }; PAGE];
+    std::fs::write(&scrap, (0..2 * HUGE / PAGE).flat_map(page).collect::<Vec<u8>>()).unwrap();
+    if with_memory(&scrap) {
+        println!("skipped: {} is in memory by its nature", scrap.0.display());
+        return;
+    }
+    let file = File::open(&scrap).unwrap();
+    file.sync_all().unwrap();
+    rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+    let Some(source) = surveyed(&scrap) else { return };
+    source.admit(&layout(2 * HUGE as u64)).unwrap();
+    let mut scratch = [0; PAGE];
+    for missed in [100, 300] {
+        source.wait((missed * PAGE) as u64, PAGE, PAGE, &mut scratch).unwrap();
+    }
+    for number in 0..HUGE / PAGE {
+        let found = loop {
+            match source.at_hand((number * PAGE) as u64, PAGE, PAGE) {
+                Some(found) => break found,
+                None => thread::yield_now(),
+            }
+        };
+        match found {
+            AtHand::Zero(_) => assert!(number.is_multiple_of(9)),
+            AtHand::Contents(window) => assert!(shown(window) == page(number) && !number.is_multiple_of(9)),
+        }
+    }
+}

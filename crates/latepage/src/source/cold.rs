@@ -1,0 +1,196 @@
+//! The thread that draws a cold file into memory (`latepage-cold`): what nobody waits for yet, behind every fault.
+//!
+//! A fault's own page is read by a reader of the pager, who does not stand in any queue here. This thread has a bounded number of
+//! bytes under way, so that such a read has never more than those before it at the device.
+
+use std::collections::VecDeque;
+use std::num::NonZeroU64;
+use std::ops::Range;
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread::{self, JoinHandle};
+
+use rustix::fs::Advice;
+
+use crate::sys::file;
+
+use super::ahead::Ahead;
+use super::cached::{Cached, Looking};
+use super::extents::Extents;
+use super::lease::Trust;
+use super::opened::Opened;
+
+/// Asked for at a time.
+const PIECE: u64 = 256 << 10;
+/// How many of them are under way.
+const DEPTH: usize = 16;
+
+/// What was read.
+#[derive(Debug, Default)]
+pub(super) struct Counts {
+    reads: AtomicU64,
+    bytes: AtomicU64,
+    merged: AtomicU64,
+}
+
+/// The thread, for as long as the source lives. It is started by the first miss.
+#[derive(Debug)]
+pub(super) struct Cold {
+    shared: Arc<Shared>,
+    thread: OnceLock<Option<JoinHandle<()>>>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    file: Arc<Opened>,
+    extents: Arc<Extents>,
+    cached: Option<Arc<Cached>>,
+    trust: Trust,
+    ahead: Ahead,
+    counts: Counts,
+    wish: Mutex<Wish>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Wish {
+    /// What is to be read, the next first.
+    ranges: VecDeque<Range<u64>>,
+    ended: bool,
+}
+
+impl Cold {
+    pub(super) fn new(
+        file: Arc<Opened>,
+        extents: Arc<Extents>,
+        cached: Option<Arc<Cached>>,
+        trust: Trust,
+    ) -> Self {
+        let ahead = Ahead::new(file.size, file::read_ahead(file.fd.as_fd()));
+        let (wish, changed) = (Mutex::default(), Condvar::new());
+        let shared = Shared { file, extents, cached, trust, ahead, counts: Counts::default(), wish, changed };
+        Self { shared: Arc::new(shared), thread: OnceLock::new() }
+    }
+
+    /// A guest waits for a page that was not in memory, and that the caller has read by now.
+    pub(super) fn missed(&self, offset: u64) {
+        let range = self.shared.ahead.missed(offset);
+        self.draw(range, true);
+    }
+
+    /// A VM is populated from this offset on.
+    pub(super) fn populating(&self, offset: u64) {
+        let range = self.shared.ahead.populating(offset);
+        self.draw(range, false);
+    }
+
+    /// Whether a page of data that is not known to be in memory may be on its way there.
+    pub(super) fn is_coming(&self, offset: u64) -> bool {
+        self.shared.ahead.is_coming(offset)
+    }
+
+    /// Nobody is served: what is under way ends, and what is left is not wanted any more.
+    pub(super) fn rest(&self) {
+        self.shared.wish().ranges.clear();
+        self.shared.ahead.forget();
+    }
+
+    fn draw(&self, range: Range<u64>, first: bool) {
+        if range.is_empty() {
+            self.shared.counts.merged.fetch_add(1, Ordering::Relaxed);
+            return;
+        }
+        self.thread.get_or_init(|| {
+            let shared = Arc::clone(&self.shared);
+            // Without it everything is read when it is asked for.
+            thread::Builder::new().name("latepage-cold".to_owned()).spawn(move || shared.run()).ok()
+        });
+        let mut wish = self.shared.wish();
+        if first {
+            wish.ranges.push_front(range);
+        } else {
+            wish.ranges.push_back(range);
+        }
+        drop(wish);
+        self.shared.changed.notify_one();
+    }
+}
+
+impl Drop for Cold {
+    fn drop(&mut self) {
+        self.shared.wish().ended = true;
+        self.shared.changed.notify_one();
+        if let Some(thread) = self.thread.take().flatten() {
+            // It looks after each read.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Shared {
+    fn wish(&self) -> MutexGuard<'_, Wish> {
+        self.wish.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The next piece to read: of the first range, and of its data. `None`: there is none now, or no more ever.
+    fn next(&self, wait: bool) -> Option<Range<u64>> {
+        let mut wish = self.wish();
+        loop {
+            if wish.ended {
+                return None;
+            }
+            while let Some(range) = wish.ranges.pop_front() {
+                let Some(data) = self.extents.data_from(range.start).filter(|data| data.start < range.end)
+                else {
+                    self.ahead.read(&range);
+                    continue;
+                };
+                let piece = data.start..data.end.min(range.end).min((data.start / PIECE + 1) * PIECE);
+                if piece.end < range.end {
+                    wish.ranges.push_front(piece.end..range.end);
+                }
+                return Some(piece);
+            }
+            if !wait {
+                return None;
+            }
+            wish = self.changed.wait(wish).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn run(&self) {
+        let (mut with, mut under_way) = (Looking::new(), VecDeque::with_capacity(DEPTH));
+        loop {
+            while under_way.len() < DEPTH {
+                let Some(piece) = self.next(under_way.is_empty()) else { break };
+                if !self.is_there(&piece) {
+                    // The device is asked for all of it, and nobody waits yet.
+                    let length = NonZeroU64::new(piece.end - piece.start);
+                    let _ = rustix::fs::fadvise(&self.file.fd, piece.start, length, Advice::WillNeed);
+                }
+                under_way.push_back(piece);
+            }
+            let Some(piece) = under_way.pop_front() else { return };
+            if !self.is_there(&piece) {
+                self.came(&piece, &mut with);
+            }
+            self.ahead.read(&piece);
+        }
+    }
+
+    /// Waits for a piece.
+    fn came(&self, piece: &Range<u64>, with: &mut Looking) {
+        self.counts.reads.fetch_add(1, Ordering::Relaxed);
+        self.counts.bytes.fetch_add(piece.end - piece.start, Ordering::Relaxed);
+        match &self.cached {
+            Some(cached) => cached.draw(&self.file, piece.clone(), with, || self.trust.is_leased()),
+            // So that no more is under way than there should be. Should it fail, whoever needs the page hears of that.
+            None => drop(file::read(self.file.fd.as_fd(), &mut [0], piece.end - 1)),
+        }
+    }
+
+    fn is_there(&self, piece: &Range<u64>) -> bool {
+        self.cached.as_ref().is_some_and(|cached| cached.is_there(piece))
+    }
+}
