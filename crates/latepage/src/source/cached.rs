@@ -123,20 +123,22 @@ impl Cached {
     }
 
     /// Looks at a stretch of the file, all of it data: learns what has come into memory, forgets what has gone. What was found counts
-    /// only if `still` says afterwards that the file is the one that was opened.
+    /// only if `still` says afterwards that the file is the one that was opened. Returns whether all of it is in memory.
     pub(super) fn look(
         &self,
         file: &Opened,
         range: Range<u64>,
         with: &mut Looking,
         still: impl Fn() -> bool,
-    ) {
+    ) -> bool {
         debug_assert!(range.end - range.start <= STRETCH);
         let (start, end) = ((range.start / PAGE) as usize, (range.end / PAGE) as usize);
         let bytes = start * PAGE as usize..end * PAGE as usize;
         let Ok(resident) = self.view.resident(bytes, &mut with.resident) else {
-            return self.there.fill(start..end, false);
+            self.there.fill(start..end, false);
+            return false;
         };
+        let mut all = true;
         let mut at = start;
         while at < end {
             let is = resident[at - start] & 1 == 1;
@@ -146,8 +148,18 @@ impl Cached {
             if is {
                 self.came(file, run, &mut with.bytes, &still);
             } else {
+                all = false;
                 self.there.fill(run, false);
             }
+        }
+        all
+    }
+
+    /// Maps a range of what is in memory in one go.
+    pub(super) fn map(&self, range: Range<u64>) {
+        let (start, end) = (range.start / PAGE * PAGE, range.end / PAGE * PAGE);
+        if start < end {
+            self.view.window(start as usize, (end - start) as usize).map_in();
         }
     }
 

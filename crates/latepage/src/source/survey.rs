@@ -2,6 +2,7 @@
 //!
 //! It looks once when the file is opened, and again when it is asked to, which is about once a second while VMs lack memory.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -14,6 +15,9 @@ use super::opened::Opened;
 
 /// How long a look may take that is not the first: of a large file it goes on from there the next time.
 const AT_A_TIME: Duration = Duration::from_millis(20);
+
+/// How long the file stays mapped after the last VM that lacked memory: the next one may be on its way.
+const LINGER: Duration = Duration::from_millis(250);
 
 /// Between two looks, at least: many VMs may come at once.
 const PAUSE: Duration = Duration::from_millis(500);
@@ -41,6 +45,8 @@ struct Wish {
     serving: bool,
     /// Nothing is mapped, as far as this thread knows.
     unmapped: bool,
+    /// When that was asked for.
+    rested: Option<Instant>,
     /// Looks that it has finished, and when it did so last.
     looks: u64,
     last: Option<Instant>,
@@ -102,6 +108,7 @@ impl Survey {
         let mut wish = self.shared.wish();
         if std::mem::take(&mut wish.serving) {
             wish.unmapped = false;
+            wish.rested = Some(Instant::now());
             self.shared.changed.notify_all();
         }
     }
@@ -133,29 +140,58 @@ impl Drop for Survey {
     }
 }
 
+/// Stretches that were mapped whole, so that no install stops at a page that is in memory and not mapped.
+struct Mapped(Vec<bool>);
+
+impl Mapped {
+    fn none(of: &Surveyed) -> Self {
+        Self(vec![false; of.file.size.div_ceil(STRETCH) as usize])
+    }
+
+    /// Maps a part of one stretch, unless that stretch has been.
+    fn map(&mut self, of: &Surveyed, part: Range<u64>) {
+        if !std::mem::replace(&mut self.0[(part.start / STRETCH) as usize], true) {
+            of.cached.map(part);
+        }
+    }
+}
+
 fn keep(shared: &Shared, of: &Surveyed) {
     let mut with = Looking::new();
+    let mut mapped = Mapped::none(of);
     let (mut from, mut first) = (0, true);
     loop {
         let mut wish = shared.wish();
-        while !wish.look && !wish.ended && (wish.serving || wish.unmapped) {
-            wish = shared.changed.wait(wish).unwrap_or_else(PoisonError::into_inner);
+        loop {
+            if wish.look || wish.ended {
+                break;
+            }
+            if wish.serving || wish.unmapped {
+                wish = shared.changed.wait(wish).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            }
+            let left = wish.rested.map_or(Duration::ZERO, |rested| LINGER.saturating_sub(rested.elapsed()));
+            if left.is_zero() {
+                break;
+            }
+            wish = shared.changed.wait_timeout(wish, left).unwrap_or_else(PoisonError::into_inner).0;
         }
         if wish.ended {
             return;
         }
         let look = std::mem::take(&mut wish.look);
-        if !wish.serving {
+        if !look {
             wish.unmapped = true;
         }
         drop(wish);
         if look {
             let deadline = (!first).then(|| Instant::now() + AT_A_TIME);
-            from = walk(shared, of, from, deadline, &mut with);
+            from = walk(shared, of, from, deadline, &mut with, &mut mapped);
             first = false;
             shared.looked.store(true, Ordering::Release);
         } else {
             of.cached.unmap();
+            mapped = Mapped::none(of);
         }
         let mut wish = shared.wish();
         wish.looks += u64::from(look);
@@ -165,7 +201,14 @@ fn keep(shared: &Shared, of: &Surveyed) {
 }
 
 /// Looks at the file from an offset on, around its end, and back to where it began, unless the time is over. Returns where to go on.
-fn walk(shared: &Shared, of: &Surveyed, from: u64, deadline: Option<Instant>, with: &mut Looking) -> u64 {
+fn walk(
+    shared: &Shared,
+    of: &Surveyed,
+    from: u64,
+    deadline: Option<Instant>,
+    with: &mut Looking,
+    mapped: &mut Mapped,
+) -> u64 {
     let still = || of.trust.is_leased();
     for (start, end) in [(from, of.file.size), (0, from)] {
         let mut at = start;
@@ -173,11 +216,13 @@ fn walk(shared: &Shared, of: &Surveyed, from: u64, deadline: Option<Instant>, wi
             let next = (data.start / STRETCH + 1) * STRETCH;
             let stretch = data.start..data.end.min(next).min(end);
             at = stretch.end;
-            of.cached.look(&of.file, stretch, with, still);
+            let all_there = of.cached.look(&of.file, stretch.clone(), with, still);
             let wish = shared.wish();
             let (ended, serving) = (wish.ended, wish.serving);
             drop(wish);
-            if !serving {
+            if serving && all_there {
+                mapped.map(of, stretch);
+            } else if !serving {
                 of.cached.unmap();
             }
             if ended || deadline.is_some_and(|deadline| Instant::now() >= deadline) {
