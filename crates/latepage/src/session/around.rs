@@ -49,8 +49,15 @@ pub(super) struct Plan {
     pub(super) now: Range<u32>,
     /// Pages that came beside earlier faults of its stream, and that it has walked through, as this fault shows.
     pub(super) walked: u32,
-    /// The stream in the table.
-    stream: usize,
+    /// Its stream in the table, if it has one.
+    pub(super) stream: Option<usize>,
+}
+
+impl Plan {
+    /// The page and nothing else.
+    pub(super) const fn alone(page: u32) -> Self {
+        Self { now: page..page + 1, walked: 0, stream: None }
+    }
 }
 
 /// The streams of a session.
@@ -135,15 +142,16 @@ impl Around {
             None => now.end..stream.run.end,
         };
         self.set_ahead(at, ahead);
-        Plan { now, walked, stream: at }
+        Plan { now, walked, stream: Some(at) }
     }
 
-    /// Of a plan only the pages before `end` came: its run ends there. `beside` of them came beside the fault.
-    pub(super) fn came(&mut self, plan: &Plan, end: u32, beside: u32) {
-        self.streams[plan.stream].beside += beside;
-        if end < plan.now.end {
-            self.set_ahead(plan.stream, 0..0);
-            self.streams[plan.stream].run.end = end;
+    /// Of what was to come at once with a stream's fault, only the pages before `end` came: its run ends there. `beside` of them came
+    /// beside the fault.
+    pub(super) fn came(&mut self, stream: usize, now: &Range<u32>, end: u32, beside: u32) {
+        self.streams[stream].beside += beside;
+        if end < now.end {
+            self.set_ahead(stream, 0..0);
+            self.streams[stream].run.end = end;
         }
     }
 
@@ -285,7 +293,7 @@ mod tests {
             let absent = &self.absent;
             let plan = self.around.plan(page, thread, &place, stretch, None, |page| absent[page as usize]);
             let end = plan.now.clone().find(|page| !self.absent[*page as usize]).unwrap_or(plan.now.end);
-            self.around.came(&plan, end, end - page - 1);
+            self.around.came(plan.stream.unwrap(), &plan.now, end, end - page - 1);
             self.bring(page..end);
             Some((page..end, plan.walked))
         }

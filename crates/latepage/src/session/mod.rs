@@ -79,7 +79,7 @@ struct Core {
     waiting: WaitingRoom,
     around: Around,
     fresh: Fresh,
-    /// When faults were last done with.
+    /// When somebody was last released.
     served: Instant,
     /// Descriptors over the memory of a VMM's children: closing them would give the children zero pages.
     forked: Vec<OwnedFd>,

@@ -314,6 +314,7 @@ impl Session {
     }
 
     fn released_at(&self, core: &mut Core, run: &Range<u32>, demand: Demand, class: PageClass, now: Instant) {
+        core.served = now;
         core.fresh.add(run, class, now);
         if let Some((page, wait)) = demand
             && run.contains(&page)

@@ -55,7 +55,9 @@ impl Session {
         }
         let end = self.claim_behind(page, plan.now.end.max(page.saturating_add(also + 1)).min(limit));
         let (came, ending) = self.bring(core, bytes, &place, page..end, Some((page, wait)));
-        core.around.came(&plan, came, (came - page).saturating_sub(1));
+        if let Some(stream) = plan.stream {
+            core.around.came(stream, &plan.now, came, (came - page).saturating_sub(1));
+        }
         if came > page {
             // What was only to come beside can be asked for again.
             return;
@@ -88,6 +90,10 @@ impl Session {
                 (Some(left.min(region.end - fault.page)), region.end)
             }
         };
+        if fixed == Some(1) {
+            // What comes alone follows nothing.
+            return (Plan::alone(fault.page), limit);
+        }
         let absent = |page| self.pages.state(page) == PageState::Absent;
         (core.around.plan(fault.page, fault.thread, place, stretch, fixed, absent), limit)
     }

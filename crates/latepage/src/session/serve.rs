@@ -143,9 +143,6 @@ impl Session {
             more |= self.bring_ahead(core, &mut scratch.bytes);
         }
         self.retry(core, scratch);
-        if served > 0 {
-            core.served = Instant::now();
-        }
         Served { more, due: core.waiting.due(), faults: served }
     }
 
