@@ -45,6 +45,7 @@ test-loom: $(VENV)/.machine ## the state table under every interleaving (loom)
 
 .PHONY: test-python
 test-python: build wheel sdist ## Python's tests, the doc pages and the docstrings among them
+	@bash tools/machine.sh test
 	$(BIN)/pytest
 
 # Not part of `make test`: the first time it builds two kernels, some ten minutes; they are kept outside this folder.

@@ -2,6 +2,7 @@
 # Says in one line what this machine lacks, and how to get it.
 #
 #   machine.sh build    what building takes: cargo, a C linker, Python 3.11 with venv; installs the last two where it may
+#   machine.sh test     what some tests look at others with: installed where it may, and else those tests skip
 #   machine.sh demo     what the demo would rather have: it runs without, and says so
 #   machine.sh lab-build, lab-run    what building the lab's kernels takes, and booting them; installs it where it may
 #   machine.sh python   prints the Python to make .venv with
@@ -43,6 +44,10 @@ build() {
     [ "${minor:-0}" -ge 88 ] || lacks "$(cargo --version) is too old: $advice"
 }
 
+tests() {
+    command -v strace >/dev/null || install strace || echo "latepage: no strace: the tests that count system calls skip" >&2
+}
+
 demo() {
     [ -r /dev/kvm ] && [ -w /dev/kvm ] || echo "latepage: no access to /dev/kvm: ordinary threads stand in for the guest" >&2
     [ -w /dev/userfaultfd ] || [ "$(id -u)" = 0 ] \
@@ -70,6 +75,7 @@ lab_run() {
 
 case "${1:-}" in
     build) build ;;
+    test) tests ;;
     demo) demo ;;
     lab-build) lab_build ;;
     lab-run) lab_run ;;
