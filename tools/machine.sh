@@ -80,5 +80,5 @@ case "${1:-}" in
     lab-build) lab_build ;;
     lab-run) lab_run ;;
     python) find_python ;;
-    *) lacks "machine.sh takes build, demo, lab-build, lab-run or python" ;;
+    *) lacks "machine.sh takes build, test, demo, lab-build, lab-run or python" ;;
 esac
