@@ -14,7 +14,7 @@ from latepage.bench.talker import Talker
 __all__ = ["measure"]
 
 P50, P99 = Metric("p50", "µs"), Metric("p99", "µs")
-ROUNDS = 7
+ROUNDS = 5
 THREADS = 4
 """Of the neighbour."""
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from latepage.errors import LatepageError
 
-__all__ = ["Pager", "ask", "server"]
+__all__ = ["Pager", "ask", "cpu_seconds", "server"]
 
 PATIENCE = 120.0
 """Seconds that anything may take: longer is a failure, not a figure."""
@@ -37,6 +37,12 @@ def ask(*command: str | Path) -> dict[str, Any]:
     return said
 
 
+def cpu_seconds(pid: int) -> float:
+    """What all threads of a process have used so far, those that are gone included."""
+    # clock_getcpuclockid(3) in nanoseconds; /proc/PID/stat counts in hundredths of a second.
+    return time.clock_gettime((~pid << 3) | 2)
+
+
 @contextmanager
 def server(*command: str | Path, socket: Path) -> Iterator["subprocess.Popen[str]"]:
     """A C program that serves at a socket, from when it listens to the end of the block."""
@@ -49,7 +55,13 @@ def server(*command: str | Path, socket: Path) -> Iterator["subprocess.Popen[str
             assert process.stderr is not None  # noqa: S101
             if process.stdout.readline().strip() != "listening":
                 raise LatepageError(f"{Path(words[0]).name} failed: {process.stderr.read().strip()}")
-            yield process
+            try:
+                yield process
+            except LatepageError as error:
+                if process.poll() is None:
+                    raise
+                # Whoever waits for a server that has died waits in vain: that it died is the reason.
+                raise LatepageError(f"{Path(words[0]).name} ended: {process.stderr.read().strip()}") from error
         finally:
             process.kill()
             process.wait()
@@ -121,11 +133,6 @@ class Pager:
     def pid(self) -> int:
         """Its process."""
         return self._process.pid
-
-    def cpu_seconds(self) -> float:
-        """What all its threads have used so far, those that are gone included."""
-        # clock_getcpuclockid(3) in nanoseconds; /proc/PID/stat counts in hundredths of a second.
-        return time.clock_gettime(((~self.pid) << 3) | 2)
 
     def resident(self) -> int:
         """Bytes of its anonymous resident memory."""

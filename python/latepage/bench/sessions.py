@@ -5,7 +5,7 @@ nothing beside it.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +13,7 @@ from functools import partial
 from latepage.bench.bench import Bench
 from latepage.bench.figures import Figure, Metric, hold_against
 from latepage.bench.machine import LackingError, descriptors, need_userfaultfd
-from latepage.bench.processes import Pager
+from latepage.bench.processes import Pager, cpu_seconds, server
 from latepage.bench.rounds import Way
 from latepage.bench.talker import Talker
 
@@ -28,6 +28,7 @@ RATE = 1000
 WARMING, PIECE = 20, 400
 """Faults that come before those that count, and how many of one VM's count at once."""
 
+BARE = "C, one VM"
 MANY = 1000
 BOUND = 1.2
 """CPU a fault with the most VMs, to that with one."""
@@ -35,20 +36,22 @@ BOUND = 1.2
 
 @dataclass(slots=True)
 class Crowd:
-    """So many VMs, and their pager.
+    """So many VMs, and who serves them.
 
     Attributes:
         number: how many VMs.
-        pager: theirs.
+        server: whose CPU counts.
+        started: waits until all of them are served.
         vms: the program that is all of them.
         memory: bytes by which the pager grew for each.
         left: pages that no VM has touched yet.
     """
 
     number: int
-    pager: Pager
+    server: int
+    started: Callable[[], None]
     vms: Talker
-    memory: float
+    memory: float = 0.0
     left: int = 0
 
     def trickle(self, touches: int) -> Mapping[str, float]:
@@ -59,23 +62,22 @@ class Crowd:
             if self.left < WARMING + count:
                 # All of their pages are there: new VMs, and the first fault of each is over before it counts.
                 self.vms.ask("renew")
-                for _ in range(self.number):
-                    self.pager.event("session-started")
+                self.started()
                 self.vms.ask(f"trickle {RATE} {self.number}")
                 self.left = self.number * (SIZE // 4096 - 1)
             self.vms.ask(f"trickle {RATE} {WARMING}")
-            before = self.pager.cpu_seconds()
+            before = cpu_seconds(self.server)
             self.vms.ask(f"trickle {RATE} {count}")
-            used += self.pager.cpu_seconds() - before
+            used += cpu_seconds(self.server) - before
             done += count
             self.left -= WARMING + count
         return {CPU.name: 1e6 * used / touches}
 
     def idle(self, seconds: float) -> Mapping[str, float]:
         """CPU while nothing happens."""
-        before, began = self.pager.cpu_seconds(), time.monotonic()
+        before, began = cpu_seconds(self.server), time.monotonic()
         time.sleep(seconds)
-        return {IDLE.name: 100 * (self.pager.cpu_seconds() - before) / (time.monotonic() - began)}
+        return {IDLE.name: 100 * (cpu_seconds(self.server) - before) / (time.monotonic() - began)}
 
 
 def measure(bench: Bench) -> list[Figure]:
@@ -84,14 +86,15 @@ def measure(bench: Bench) -> list[Figure]:
     touches = bench.sized(1200, 20)
     with ExitStack() as stack:
         crowds = _crowds(bench, stack)
-        ways = [Way(_name(crowd.number), partial(crowd.trickle, touches), peer=crowd.number == 1) for crowd in crowds]
+        ways = [Way(BARE, partial(_bare(bench, stack).trickle, touches), peer=True)]
+        ways += [Way(_name(crowd.number), partial(crowd.trickle, touches), peer=crowd.number == 1) for crowd in crowds]
         most = crowds[-1]
         ways.append(Way(f"{_name(most.number)}, idle", partial(most.idle, bench.sized(1.0, 0.1))))
         rounds = bench.in_turns("sessions", ways, ROUNDS)
     figures: list[Figure] = []
-    for crowd in crowds[1:]:
-        bound = BOUND if crowd is most else None
-        figures += rounds.figures(_name(crowd.number), CPU, {_name(1): bound})
+    for crowd in crowds:
+        bounds = {_name(1): BOUND if crowd is most else None} if crowd.number > 1 else {}
+        figures += rounds.figures(_name(crowd.number), CPU, {**bounds, BARE: None})
     if most.number > 1:
         figures.append(rounds.against(f"{_name(most.number)}, idle", IDLE, "demanded", 1.0))
         table = SIZE // 4096
@@ -103,6 +106,19 @@ def measure(bench: Bench) -> list[Figure]:
 
 def _name(number: int) -> str:
     return f"{number:,} VM" + ("s" if number > 1 else "")
+
+
+def _started(pager: Pager, number: int) -> None:
+    for _ in range(number):
+        pager.event("session-started")
+
+
+def _bare(bench: Bench, stack: ExitStack) -> Crowd:
+    """One VM, and the least that can serve it."""
+    memory, socket = bench.memory_file(SIZE), bench.folder / "limit.sock"
+    process = stack.enter_context(server(bench.programs["server"], socket, memory, str(SIZE), "keep", socket=socket))
+    vms = stack.enter_context(Talker(bench.programs["crowd"], socket, "1", str(SIZE)))
+    return Crowd(1, process.pid, lambda: None, vms)
 
 
 def _crowds(bench: Bench, stack: ExitStack) -> list[Crowd]:
@@ -118,9 +134,9 @@ def _crowds(bench: Bench, stack: ExitStack) -> list[Crowd]:
         pager = stack.enter_context(Pager(bench.socket(), memory, "--fault-around", "4KiB"))
         before = pager.resident()
         vms = stack.enter_context(Talker(bench.programs["crowd"], pager.socket, str(number), str(SIZE)))
-        for _ in range(number):
-            pager.event("session-started")
+        started = partial(_started, pager, number)
+        started()
         # A fault for each, so that whatever a VM's first fault takes is there.
         vms.ask(f"trickle 5000 {number}")
-        found.append(Crowd(number, pager, vms, (pager.resident() - before) / number, number * (SIZE // 4096 - 1)))
+        found.append(Crowd(number, pager.pid, started, vms, (pager.resident() - before) / number))
     return found
