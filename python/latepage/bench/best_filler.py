@@ -22,7 +22,8 @@ class Filler:
     Attributes:
         around: bytes that are copied around a fault.
         chunk: bytes of each copy of a second thread that brings everything in order; 0 for none.
-        same_core: whether the guest and the thread that serves it are pinned to one core; else the scheduler decides.
+        same_core: whether the thread that serves the guest is pinned to the core that the guest is pinned to; else the
+            scheduler decides.
         words: other options of the program.
     """
 
@@ -52,7 +53,7 @@ class Filler:
         return ", ".join(part for part in parts if part)
 
 
-def candidates(*, random: bool, cold: bool) -> list[Filler]:
+def candidates(*, random: bool, cold: bool, pinned: bool) -> list[Filler]:
     """What is worth a try: small pieces for what is touched at random, larger ones for what is touched in sequence.
 
     Others were tried where this was written, and came nowhere near: read(2) into a buffer, two threads past the page cache.
@@ -67,9 +68,10 @@ def candidates(*, random: bool, cold: bool) -> list[Filler]:
         return found + [Filler(64 * KIB, chunk, words=words) for chunk in (512 * KIB, 2 * MIB) for words in ahead]
     mapped = ("populate",)
     arounds = (4 * KIB, 16 * KIB, 64 * KIB) if random else (64 * KIB, 512 * KIB, 2 * MIB)
-    found = [Filler(around, same_core=same, words=mapped) for around in arounds for same in (True, False)]
+    places = (True, False) if pinned else (False,)
+    found = [Filler(around, same_core=same, words=mapped) for around in arounds for same in places]
     found += [Filler(64 * KIB, chunk, words=mapped) for chunk in (512 * KIB, 4 * MIB)]
-    return [*found, Filler(64 * KIB, 512 * KIB, same_core=True, words=mapped)]
+    return [*found, *(Filler(64 * KIB, 512 * KIB, same_core=True, words=mapped) for same in places if same)]
 
 
 def best_filler(
@@ -77,6 +79,7 @@ def best_filler(
     *,
     random: bool,
     cold: bool,
+    pinned: bool,
     few: bool,
     tell: Callable[[float, str], None],
 ) -> Filler:
@@ -86,10 +89,11 @@ def best_filler(
         run: restores once, and says how long it took.
         random: whether the guest touches at random.
         cold: whether the file is on the disk.
+        pinned: whether the guest is pinned to a core, which the thread that serves it may then share.
         few: try two only.
         tell: is told how far the search is.
     """
-    tried = candidates(random=random, cold=cold)[: 2 if few else None]
+    tried = candidates(random=random, cold=cold, pinned=pinned)[: 2 if few else None]
     took: dict[Filler, list[float]] = {filler: [] for filler in tried}
     steps = 2 * len(tried) + AGAIN * FINALISTS
     done = 0
