@@ -19,9 +19,9 @@ const READ: u64 = 1 << 20;
 /// Taken at a time of what need not be read: then other sessions have their turn.
 const AT_HAND: u64 = 4 << 20;
 /// Installed at a time: about what a wake-up costs, since a fault of this VM may have to wait for it. A page of 2 MiB is one slice.
-const SLICE: u64 = 64 << 10;
+const SLICE: u64 = 128 << 10;
 /// How often a slice may be doubled while the VM has no fault: up to 512 KiB, some 150 µs.
-const DOUBLINGS: u32 = 3;
+const DOUBLINGS: u32 = 2;
 
 /// What population installs.
 #[derive(Clone, Copy)]

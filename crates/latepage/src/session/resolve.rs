@@ -6,7 +6,7 @@
 use super::answer::{at_hand, checked};
 use super::around::{LONGEST, PIECE, Plan};
 use super::place::{Demand, Wait};
-use super::policy::FaultAround;
+use super::policy::{FaultAround, Population};
 use super::{Core, Scratch, Session};
 use crate::delivery::{Fault, FaultFlags};
 use crate::install::Stop;
@@ -95,7 +95,14 @@ impl Session {
             return (Plan::alone(fault.page), limit);
         }
         let absent = |page| self.pages.state(page) == PageState::Absent;
-        (core.around.plan(fault.page, fault.thread, place, stretch, fixed, absent), limit)
+        let mut plan = core.around.plan(fault.page, fault.thread, place, stretch, fixed, absent);
+        if self.policy.population == Population::Background && fixed.is_none() {
+            // All of it comes anyway: the rest of a piece may as well come now, and spares the guest a wait or two.
+            let piece = (PIECE / unit).max(1) as u32;
+            let left = (piece - ((place.offset % PIECE) / unit) as u32).min(limit - fault.page);
+            plan.now.end = plan.now.end.max(fault.page + left);
+        }
+        (plan, limit)
     }
 
     /// Claims the absent pages that follow `page`, up to the first that is not, and returns one past the last.
