@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 from latepage import _core, stats
 from latepage._callbacks import refuse_in_callback
@@ -131,6 +131,11 @@ class Pager:
     def workers(self) -> list[str]:
         """How each thread that serves faults waits now: `block`, `spin`, or `core`: asleep on a core that was chosen for it."""
         return self._native.workers()
+
+    @property
+    def cold_reads(self) -> Literal["io_uring", "threads"]:
+        """What reads the pages that faults wait for and that are not in memory. Where it is `threads`, `fallbacks` says why."""
+        return "io_uring" if self._native.reads_by_ring() else "threads"
 
     @property
     def fallbacks(self) -> list[Fallback]:

@@ -61,6 +61,7 @@ class PagerStandIn:
     sockets: dict[str, Source] = field(default_factory=dict)
     told: dict[str, int] = field(default_factory=dict)
     workers: list[str] = field(default_factory=lambda: ["block", "core"])
+    cold_reads: str = "io_uring"
     fallbacks: list[Fallback] = field(default_factory=list)
 
     @property

@@ -43,7 +43,7 @@ impl Pager {
         let log = log.map(sys::duplicate).transpose().map_err(|errno| {
             failed(&format!("log: no such descriptor: {errno}"), "fcntl", Some(errno.raw_os_error()))
         })?;
-        let config = Config { workers, readers: io_threads, populators, realtime, nice, log };
+        let config = Config { workers, readers: io_threads, populators, realtime, nice, io_uring: None, log };
         let engine = py.detach(|| Engine::start(config)).map_err(|error| {
             failed(&format!("the pager's threads cannot start: {error}"), "clone", error.raw_os_error())
         })?;
@@ -96,6 +96,11 @@ impl Pager {
     /// What was wished for and could not be had: pairs of the wish and why.
     fn fallbacks(&self) -> Vec<(&'static str, String)> {
         self.engine.fallbacks().into_iter().map(|fallback| (fallback.wish, fallback.reason)).collect()
+    }
+
+    /// Whether what faults wait for is read by io_uring.
+    fn reads_by_ring(&self) -> bool {
+        self.engine.reads_by_ring()
     }
 
     /// How each worker waits now.

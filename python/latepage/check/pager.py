@@ -268,9 +268,9 @@ def _io_uring() -> Item:
         name="io_uring",
         state=known(error is None),
         found=found + setting,
-        need="later",
+        need="feature",
         value={"disabled": disabled, "errno": error},
-        todo=None if error is None else "nothing yet: no source of latepage uses it",
+        todo=None if error is None else "nothing must be: pages that are not in memory are read by threads, a few at a time",
     )
 
 

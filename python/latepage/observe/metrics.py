@@ -45,6 +45,11 @@ COUNTERS = {
     "zero_pages": ("zero_pages", "Pages installed as zero, whoever asked for them."),
     "removed_pages": ("removed_pages", "Pages that VMMs discarded."),
     "bytes_installed": ("installed_bytes", "Bytes of guest memory installed, zero pages included."),
+    "ring_reads": ("ring_reads", "Reads that were made for them by io_uring."),
+    "shared_reads": (
+        "shared_reads",
+        "Faults for which another VM's read was under way already, which did for them too.",
+    ),
     "retries": ("install_retries", "Installs that the kernel asked to try again."),
     "already_there": ("install_present_pages", "Installs that found the page already there."),
     "failures": ("failed_pages", "Pages that could not be had."),
@@ -82,7 +87,7 @@ VM_COUNTERS = {
 STANCES = ("block", "spin", "core")
 """How a worker may wait."""
 
-WISHES = ("placement", "realtime", "nice")
+WISHES = ("placement", "realtime", "nice", "io_uring")
 """What a pager may be asked for, and not get."""
 
 MEMORY_STATES = ("present", "removed", "failed", "lacking")
@@ -125,6 +130,8 @@ class PagerCollector(Collector):
         yield from _vms([progress for _, progress in sessions])
         yield _memory("memory_bytes", "Guest memory of the VMs served now, by what has become of it.", sessions, label_vm=False)
         yield _workers(self._pager.workers)
+        says = "What reads the pages that faults wait for and that are not in memory."
+        yield InfoMetricFamily(f"{PREFIX}_cold_reads", says, value={"engine": self._pager.cold_reads})
         yield _fallbacks([fallback.wish for fallback in self._pager.fallbacks])
         for counter, (name, says) in COUNTERS.items():
             yield CounterMetricFamily(f"{PREFIX}_{name}", says, value=float(stats.counters[counter]))

@@ -67,7 +67,12 @@ impl Host for Shared {
     }
 
     fn read_later(&self, session: &Arc<Session>, page: u32) {
-        self.lanes.of(session).readers.submit(Job::Read(Arc::clone(session), page));
+        let lane = self.lanes.of(session);
+        let shared = Arc::ptr_eq(&lane.readers, &self.lanes.shared().readers);
+        // A source with a lane of its own is no file.
+        if !(shared && self.cold.get().is_some_and(|cold| cold.submit(session, page))) {
+            lane.readers.submit(Job::Read(Arc::clone(session), page));
+        }
     }
 
     fn nudge(&self, session: &Session) {

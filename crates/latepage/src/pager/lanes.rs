@@ -62,6 +62,11 @@ impl Lanes {
         Ok(threads)
     }
 
+    /// The lane that most sources share.
+    pub(super) fn shared(&self) -> &Lane {
+        &self.shared
+    }
+
     /// The lane of a session's source.
     pub(super) fn of(&self, session: &Session) -> Lane {
         let own = self.own.read().unwrap_or_else(PoisonError::into_inner);

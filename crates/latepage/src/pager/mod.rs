@@ -3,6 +3,7 @@
 //! | thread | how many | does |
 //! |---|---|---|
 //! | worker | one a core, four at most | serves faults; never blocks on a source, a log or Python |
+//! | ring | one, where io_uring is allowed | reads what faults wait for, for sources that are files |
 //! | reader | four | reads what a source did not have at hand |
 //! | populator | one | brings pages before anyone asks |
 //! | lane | as many as its source says | both, for one source that may take long: see `lanes.rs` |
@@ -14,6 +15,7 @@
 mod arrivals;
 mod attendant;
 mod bell;
+mod cold;
 mod condemned;
 mod events;
 mod follow;
@@ -44,6 +46,7 @@ use crate::source::Source;
 use crate::stats::StatsSnapshot;
 use crate::sys::pidfd::{Peer, PidFd};
 use attendant::{Attendant, Listener};
+use cold::ColdReads;
 use lanes::{Lane, Lanes};
 use listener::ListeningSocket;
 use placement::Scout;
@@ -68,6 +71,8 @@ pub struct Config {
     pub realtime: Option<u8>,
     /// The nice value of workers, -20 to 19; `None` leaves it.
     pub nice: Option<i8>,
+    /// Whether what faults wait for is read by io_uring where that is allowed; `None` for yes. Else the readers do it.
+    pub io_uring: Option<bool>,
     /// Where every event is written, one JSON object a line.
     pub log: Option<OwnedFd>,
 }
@@ -75,7 +80,7 @@ pub struct Config {
 /// Something that was wished for and cannot be had, and was done in another way.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Fallback {
-    /// What was wished for: `realtime`, `nice` or `placement`.
+    /// What was wished for: `realtime`, `nice`, `placement` or `io_uring`.
     pub wish: &'static str,
     /// Why it cannot be had, and what was done.
     pub reason: String,
@@ -103,6 +108,7 @@ struct Shared {
     workers: OnceLock<Vec<Arc<Worker>>>,
     scout: Arc<Scout>,
     lanes: Lanes,
+    cold: OnceLock<Arc<ColdReads>>,
     detachers: Arc<Pool>,
     attendant: Attendant,
     fallbacks: Mutex<Vec<Fallback>>,
@@ -160,6 +166,7 @@ impl Pager {
             workers: OnceLock::new(),
             scout: Arc::new(Scout::new()),
             lanes: Lanes::new(Lane { readers, populators }),
+            cold: OnceLock::new(),
             detachers,
             attendant,
             fallbacks: Mutex::new(Vec::new()),
@@ -196,6 +203,9 @@ impl Pager {
         let _ = shared.workers.set(started);
         if let Some(error) = failed {
             return Err(error);
+        }
+        if config.io_uring != Some(false) {
+            pager.threads().extend(shared.read_by_ring());
         }
         pager.threads().push(Scout::start(&shared)?);
         pager.threads().push(Attendant::start(&shared)?);
@@ -282,6 +292,11 @@ impl Pager {
     /// A descriptor that polls readable while events wait.
     pub fn descriptor(&self) -> BorrowedFd<'_> {
         self.shared.events.descriptor()
+    }
+
+    /// Whether what faults wait for is read by io_uring, and not by threads.
+    pub fn reads_by_ring(&self) -> bool {
+        self.shared.cold.get().is_some()
     }
 
     /// What was wished for and could not be had, each once.
@@ -450,6 +465,25 @@ impl Shared {
         if !fallbacks.contains(&fallback) {
             self.events.emit(What::Warning { what: fallback.reason.clone() });
             fallbacks.push(fallback);
+        }
+    }
+
+    /// Has an io_uring read what faults wait for, if there is one to be had, and returns its thread.
+    fn read_by_ring(&self) -> Option<JoinHandle<()>> {
+        let readers = Arc::clone(&self.lanes.shared().readers);
+        let otherwise = Box::new(move |session, page| readers.submit(Job::Read(session, page)));
+        match ColdReads::start(otherwise) {
+            Ok((reads, thread)) => {
+                let _ = self.cold.set(reads);
+                Some(thread)
+            }
+            Err(errno) => {
+                let reason = format!(
+                    "io_uring: {errno}; what is not in memory is read by threads, a few pages at a time"
+                );
+                self.fall_back("io_uring", reason);
+                None
+            }
         }
     }
 
@@ -676,6 +710,9 @@ impl Shared {
     fn stop(&self) {
         self.attendant.stop();
         self.scout.stop();
+        if let Some(cold) = self.cold.get() {
+            cold.stop();
+        }
         self.lanes.stop();
         self.detachers.stop();
         let followings = std::mem::take(&mut *self.followings());

@@ -42,6 +42,7 @@ use waiting::WaitingRoom;
 pub use policy::{FaultAround, OnMissing, Placement, Policy, Population};
 pub use populate::Sliced;
 pub use report::{Action, End, Host, LetGo, Report};
+pub use resolve::Wanted;
 pub use serve::Served;
 
 /// What a thread that serves brings along: buffers, allocated once.
@@ -241,6 +242,11 @@ impl Session {
     /// Where its contents come from.
     pub fn source(&self) -> &dyn Source {
         &*self.source
+    }
+
+    /// The same, for whoever goes on with it.
+    pub fn shared_source(&self) -> Arc<dyn Source> {
+        Arc::clone(&self.source)
     }
 
     /// What it has done.

@@ -19,6 +19,17 @@ use std::sync::Arc;
 /// A page that no session has: what comes beside a fault that was served before comes for it.
 const NOBODYS: u32 = u32::MAX;
 
+/// What is to be read of a source.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Wanted {
+    /// Bytes from the start of the snapshot.
+    pub offset: u64,
+    /// Bytes, in whole pages.
+    pub length: usize,
+    /// Bytes of a page.
+    pub unit: usize,
+}
+
 /// How the bringing of a run ended.
 enum Ending {
     /// All of it came.
@@ -214,23 +225,39 @@ impl Session {
         matches!(self.pages.state(page), PageState::Filled | PageState::Present)
     }
 
-    /// Installs a read that an I/O thread did for a page that is in flight. Called on that thread.
-    pub fn finish_read(self: &Arc<Self>, page: u32, scratch: &mut Scratch) {
+    /// What is to be read for a page that has to be waited for: the rest of the window that comes with it.
+    pub fn wanted(&self, page: u32) -> Wanted {
         let place = self.layout.place(page);
         let unit = place.page_size.bytes() as usize;
         let window = self.policy.fault_around.window().max(unit as u64);
         let limit = self.layout.region_end(page) - page;
         let pages =
             (((window - place.offset % window) as usize).min(Scratch::BYTES) / unit).clamp(1, limit as usize);
+        Wanted { offset: place.offset, length: pages * unit, unit }
+    }
+
+    /// Reads a page that is in flight, waiting as long as it takes, and installs it. Called on a thread that may wait.
+    pub fn finish_read(self: &Arc<Self>, page: u32, scratch: &mut Scratch) {
+        let Wanted { offset, length, unit } = self.wanted(page);
         // The buffer leaves the scratch for as long as contents lie in it: whoever serves inside needs one too.
         let mut bytes = std::mem::take(&mut scratch.reading);
-        let asked = pages * unit;
-        let answer = checked(|| self.source.wait(place.offset, asked, unit, &mut bytes), asked, unit, false);
+        let answer = checked(|| self.source.wait(offset, length, unit, &mut bytes), length, unit, false);
+        self.finish_with(page, answer, scratch);
+        scratch.reading = bytes;
+    }
+
+    /// Installs contents that somebody has read for a page that is in flight, from its first byte on, as [`wanted`](Self::wanted)
+    /// says: whole pages, and no more. They are the source's, who has said so.
+    pub fn finish_with_bytes(self: &Arc<Self>, page: u32, bytes: &[u8], scratch: &mut Scratch) {
+        self.finish_with(page, Ok(Answer::Bytes(bytes)), scratch);
+    }
+
+    fn finish_with(self: &Arc<Self>, page: u32, answer: Result<Answer<'_>, String>, scratch: &mut Scratch) {
         self.inside(scratch, |core, scratch| {
             let Some(waiting) = core.waiting.redeem(page) else { return };
             match (self.pages.state(page), answer) {
                 (PageState::InFlight, Ok(answer)) => {
-                    let limit = page + answer.pages(unit);
+                    let limit = page + answer.pages(self.unit(page));
                     let mut end = page + 1;
                     while end < limit && self.pages.claim_absent(end) {
                         end += 1;
@@ -253,6 +280,5 @@ impl Session {
                 }
             }
         });
-        scratch.reading = bytes;
     }
 }

@@ -15,7 +15,7 @@ use super::extents::{Extent, Extents};
 use super::lease::{Guard, Readable};
 use super::opened::Opened;
 use super::survey::{Survey, Surveyed};
-use super::{Answer, AtHand, Source, SourceError, SourceNotice};
+use super::{Answer, AtHand, FileExtent, Source, SourceError, SourceNotice};
 
 /// A regular file, read by preadv2(2). Its holes are answered without reading; while it is served a read lease holds
 /// writers back, where one is granted (see `docs/source.md`).
@@ -250,6 +250,21 @@ impl Source for FileSource {
                     cached.at_hand(offset, data, unit)
                 }
             },
+        }
+    }
+
+    fn extent(&self, offset: u64, length: usize, unit: usize) -> Option<FileExtent<'_>> {
+        match self.plan(offset, length, unit) {
+            Ok(Plan::Read(length)) if self.at_once == AtOnce::Cached => {
+                Some(FileExtent { file: self.file.fd.as_fd(), offset, length })
+            }
+            _ => None,
+        }
+    }
+
+    fn missed(&self, offset: u64) {
+        if offset < self.file.size {
+            self.cold.missed(offset);
         }
     }
 

@@ -25,6 +25,8 @@ pub use self::error::SourceError;
 pub use self::file::FileSource;
 pub use self::notice::{NoLease, SourceNotice};
 
+use std::os::fd::BorrowedFd;
+
 use crate::memory::Layout;
 use crate::sys::mapping::Window;
 
@@ -47,6 +49,17 @@ pub enum AtHand<'a> {
     Contents(Window<'a>),
     /// That many bytes, known to be zero.
     Zero(u64),
+}
+
+/// Where contents lie in a file.
+#[derive(Debug, Clone, Copy)]
+pub struct FileExtent<'a> {
+    /// The file.
+    pub file: BorrowedFd<'a>,
+    /// Bytes from its start.
+    pub offset: u64,
+    /// Bytes.
+    pub length: usize,
 }
 
 /// On which of a pager's threads a source is waited for.
@@ -111,12 +124,26 @@ pub trait Source: Send + Sync {
         None
     }
 
-    /// Whether all that was copied from the source's windows until now was what it should be. Never blocks, never allocates.
+    /// Whether all that was copied from the source's windows, or read from its extents, until now was what it should be. Never blocks, never allocates.
     ///
     /// # Errors
     /// Why not: then what was installed since the last time that it was must not be believed.
     fn vouch(&self) -> Result<(), SourceError> {
         Ok(())
+    }
+
+    /// Where the range lies in a file, so that whoever is to wait for it can read it there himself: whole units, from the start of
+    /// the range on. `None` where it does not, or is zero; then [`wait`](Self::wait) answers. Never blocks, never allocates.
+    ///
+    /// Whoever has read it calls [`missed`](Self::missed), and [`vouch`](Self::vouch), which covers this too.
+    fn extent(&self, offset: u64, length: usize, unit: usize) -> Option<FileExtent<'_>> {
+        let _ = (offset, length, unit);
+        None
+    }
+
+    /// A page that a guest waited for was not in memory, and has been read from an [`extent`](Self::extent). Never waits for a device.
+    fn missed(&self, offset: u64) {
+        let _ = offset;
     }
 
     /// Answers, waiting as long as it takes. Called on threads that may block; never [`Answer::Later`].

@@ -75,6 +75,8 @@ counters! {
     removed_pages: "Pages that the VMM discarded.",
     bytes_installed: "Bytes of guest memory installed, zero pages included.",
     later: "Faults that the source could not answer at once and that went to an I/O thread.",
+    ring_reads: "Reads that were made for them by io_uring.",
+    shared_reads: "Faults for which another VM's read was under way already, which did for them too.",
     retries: "Installs that the kernel asked to try again (EAGAIN).",
     already_there: "Installs that found the page already there (EEXIST).",
     failures: "Pages that could not be had.",

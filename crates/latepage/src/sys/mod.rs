@@ -11,6 +11,7 @@ pub mod mapping;
 pub mod memfd;
 pub mod pidfd;
 pub mod probe;
+pub mod ring;
 pub mod sched;
 #[cfg(test)]
 mod tests;
