@@ -13,6 +13,14 @@ from actors.peer import Peer
 from actors.serve import Serve
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_its_own() -> Iterator[None]:
+    """No test reads or writes what the user has kept of his own memory files."""
+    with tempfile.TemporaryDirectory(prefix="latepage-cache-") as name, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", name)
+        yield
+
+
 @pytest.fixture
 def folder() -> Iterator[Path]:
     """A folder with a short path: a Unix socket's has 107 bytes."""

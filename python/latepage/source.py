@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeAlias
 
-from latepage import _core
+from latepage import _core, zero_maps
 from latepage._callbacks import Told, called_for, summary
 from latepage.errors import SourceError
 from latepage.memory import PAGE, format_size
@@ -197,7 +197,7 @@ def _as_bytes(contents: object) -> bytes:
         raise SourceError(f"it returned {kind}, and contents are bytes-like, or None for zeros") from None
 
 
-def open_source(reference: str | os.PathLike[str]) -> FileSource:
+def open_source(reference: str | os.PathLike[str], *, zero_map: bool = False) -> FileSource:
     """Opens what a VM's memory shall come from: the path of a memory file.
 
     >>> import pathlib, tempfile
@@ -210,6 +210,11 @@ def open_source(reference: str | os.PathLike[str]) -> FileSource:
     ...
     latepage.errors.SourceError: memory file /nowhere/guest.mem: ...
 
+    Args:
+        reference: the path.
+        zero_map: use what is kept in the user's cache folder of which pages are zero, and add to it what becomes known
+            (docs/scan.md).
+
     Raises:
         SourceError: it is missing, unreadable, empty, or no regular file.
     """
@@ -219,4 +224,5 @@ def open_source(reference: str | os.PathLike[str]) -> FileSource:
     kind, colon, _ = path.partition(":")
     if colon and kind in ("image", "peer"):
         raise SourceError(f"{path}: a source is the path of a memory file; {kind}: is not known to this version")
-    return FileSource(_core.open_file(path))
+    maps = zero_maps.folder() if zero_map else None
+    return FileSource(_core.open_file(path, None if maps is None else os.fspath(maps)))

@@ -16,7 +16,9 @@ def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
 def test_help_names_every_command() -> None:
     shown = run("--help")
     assert shown.returncode == 0
-    assert all(command in shown.stdout for command in ("serve", "restore", "check", "vm", "top", "trace", "bench", "demo"))
+    assert all(
+        command in shown.stdout for command in ("serve", "restore", "check", "vm", "top", "trace", "scan", "bench", "demo")
+    )
 
 
 def test_help_of_serve_explains_every_flag() -> None:
@@ -56,7 +58,7 @@ def test_a_policy_that_makes_no_sense_ends_with_2_and_says_what_would(flag: tupl
 VM = ("run", "restore", "save", "pause", "resume", "discard", "job", "stop", "compare", "report", "quit")
 
 
-COMMANDS = ("serve", "restore", "check", "bench", "demo", "top", "trace", "vm")
+COMMANDS = ("serve", "restore", "check", "scan", "bench", "demo", "top", "trace", "vm")
 
 
 @pytest.mark.parametrize("command", [*((name,) for name in COMMANDS), *(("vm", name) for name in VM)], ids=" ".join)

@@ -33,7 +33,7 @@ def test_every_page_that_is_linked_is_there(page: Path) -> None:
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
-COMMAND = re.compile(r"\blatepage ((?:vm|trace) [a-z]+|serve|restore|check|top|bench|demo)\b((?:[^\n`|;#]|\\\n)*)")
+COMMAND = re.compile(r"\blatepage ((?:vm|trace) [a-z]+|serve|restore|check|top|scan|bench|demo)\b((?:[^\n`|;#]|\\\n)*)")
 
 
 @cache

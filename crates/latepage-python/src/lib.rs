@@ -35,7 +35,7 @@ mod _core {
     #[pymodule_export]
     use super::session::Session;
     #[pymodule_export]
-    use super::source::{FileSource, open_file};
+    use super::source::{FileSource, open_file, scan_file};
     #[pymodule_export]
     use super::userfaultfd_features;
 

@@ -56,9 +56,41 @@ impl AnySource<'_> {
     }
 }
 
-/// Opens a memory file.
+/// Opens a memory file, with zero maps in that folder.
 #[pyfunction]
-pub(crate) fn open_file(py: Python<'_>, path: PathBuf) -> PyResult<FileSource> {
-    let source = py.detach(|| MemoryFile::open(&path)).map_err(|error| source_error(py, &error))?;
+#[pyo3(signature = (path, zero_maps=None))]
+pub(crate) fn open_file(py: Python<'_>, path: PathBuf, zero_maps: Option<PathBuf>) -> PyResult<FileSource> {
+    let open = || match &zero_maps {
+        Some(folder) => MemoryFile::open_keeping(&path, folder),
+        None => MemoryFile::open(&path),
+    };
+    let source = py.detach(open).map_err(|error| source_error(py, &error))?;
     Ok(FileSource { source: Arc::new(source) })
+}
+
+/// Pages, those in holes, those that are zero; the zero map's path, and why there is none; what else there is to say.
+type Scanned = (u64, u64, u64, Option<PathBuf>, Option<String>, Vec<String>);
+
+/// Looks at every page of a memory file, and keeps a zero map of it in that folder.
+#[pyfunction]
+pub(crate) fn scan_file(py: Python<'_>, path: PathBuf, zero_maps: Option<PathBuf>) -> PyResult<Scanned> {
+    let mut interrupted = None;
+    let scanned = py.detach(|| {
+        let source = match &zero_maps {
+            Some(folder) => MemoryFile::open_keeping(&path, folder)?,
+            None => MemoryFile::open(&path)?,
+        };
+        let go_on = |_| {
+            interrupted = Python::attach(|py| py.check_signals().err());
+            interrupted.is_none()
+        };
+        let scan = source.scan(go_on)?;
+        Ok((scan, source.check().iter().map(ToString::to_string).collect()))
+    });
+    if let Some(error) = interrupted {
+        return Err(error);
+    }
+    let (scan, told) = scanned.map_err(|error| source_error(py, &error))?;
+    let (map, why) = scan.map.map_or_else(|why| (None, Some(why)), |map| (Some(map), None));
+    Ok((scan.pages, scan.holes, scan.zeros, map, why, told))
 }

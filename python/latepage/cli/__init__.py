@@ -30,6 +30,7 @@ app.command("latepage.cli.vm:app", name="vm", help="Run, save and restore refere
 app.command("latepage.cli.top:app", name="top", help="Show the VMs of a running pager, live.")
 app.command("latepage.cli.check:app", name="check", help="Say what this host offers, or what a running VM waits for.")
 app.command("latepage.cli.trace:app", name="trace", help="Show, compare and merge what VMs touched, from recorded traces.")
+app.command("latepage.cli.scan:app", name="scan", help="Find the zero pages of a memory file, once for all VMs to come.")
 app.command("latepage.cli.bench:app", name="bench", help="Measure how fast it is on this machine, beside the machine's limit.")
 app.command("latepage.cli.demo:app", name="demo", help="Restore one VM three ways, and draw where its time went.")
 

@@ -74,6 +74,7 @@ def restore(
     placement: Placement = "auto",
     realtime: Realtime = None,
     nice: Nice = None,
+    zero_map: Literal["auto", "off"] = "auto",
     stall_warning: float = 5.0,
     detach_when_full: Flag = False,
     metrics: StatusAddress = None,
@@ -112,6 +113,7 @@ def restore(
         placement: where the thread that serves a VM runs, and how it waits: auto, block, spin, same-core or core:N.
         realtime: serve faults in the real-time class SCHED_FIFO, with this priority from 1 to 99, where that is allowed.
         nice: serve faults with this nice value, from -20 (first) to 19, where that is allowed.
+        zero_map: use, and keep, what is known of zero pages of the memory file (auto), or do not (off); see `latepage scan`.
         stall_warning: report a fault that has waited for so many seconds.
         detach_when_full: let go of each VM as soon as it has all of its memory; with the last, the command ends.
         metrics: tell how it goes over HTTP, at HOST:PORT, :PORT, or a Unix socket's path, as `latepage serve` does.
@@ -140,7 +142,7 @@ def restore(
     )
     for line in lacking(replace(policy, allow_uids={os.geteuid() if owner is None else owner.uid})):
         say(f"latepage restore: {line}")
-    source = open_source(memory)
+    source = open_source(memory, zero_map=zero_map == "auto")
     report = _Report(json=json, clones=clones)
     options = Options(
         firecracker=firecracker,

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
@@ -49,6 +49,7 @@ def serve(
     placement: Placement = "auto",
     realtime: Realtime = None,
     nice: Nice = None,
+    zero_map: Literal["auto", "off"] = "auto",
     mode: Mode = 0o660,
     owner: Owner = None,
     allow_uid: Annotated[tuple[int, ...], Parameter(negative=(), consume_multiple=False, show_default=False)] = (),
@@ -73,6 +74,7 @@ def serve(
         placement: where the thread that serves a VM runs, and how it waits: auto, block, spin, same-core or core:N.
         realtime: serve faults in the real-time class SCHED_FIFO, with this priority from 1 to 99, where that is allowed.
         nice: serve faults with this nice value, from -20 (first) to 19, where that is allowed.
+        zero_map: use, and keep, what is known of zero pages of the memory file (auto), or do not (off); see `latepage scan`.
         mode: permissions of the socket.
         owner: give the socket to this user and group, as UID:GID; takes root.
         allow_uid: serve this user's VMs only; may be given several times.
@@ -85,7 +87,7 @@ def serve(
         record: a folder; for each VM, VM.trace there says which pages came in, when and why; see `latepage trace`.
         json: write events to standard output as lines of JSON, on a terminal too.
     """
-    memory = open_source(source)
+    memory = open_source(source, zero_map=zero_map == "auto")
     if not socket.parent.is_dir():
         raise ListenError(f"socket {socket}: there is no folder {socket.parent}; make it first", call="bind")
     policy = as_flags_say(

@@ -15,6 +15,33 @@ impl Bitmap {
         Self { words: (0..bits.div_ceil(64)).map(|_| AtomicU64::new(0)).collect(), bits }
     }
 
+    /// How many bits are set.
+    pub(crate) fn count(&self) -> u64 {
+        self.words.iter().map(|word| u64::from(word.load(Ordering::Acquire).count_ones())).sum()
+    }
+
+    /// How many words of 64 bits they take.
+    pub(crate) fn words(&self) -> usize {
+        self.words.len()
+    }
+
+    /// Those bits of the last word that stand for something.
+    pub(crate) fn last_word(&self) -> u64 {
+        u64::MAX >> (self.words.len() * 64 - self.bits)
+    }
+
+    /// The bits, 64 a word, the first in the lowest.
+    pub(crate) fn to_words(&self) -> Vec<u64> {
+        self.words.iter().map(|word| word.load(Ordering::Acquire)).collect()
+    }
+
+    /// Sets what is set in as many words.
+    pub(crate) fn merge(&self, words: &[u64]) {
+        for (word, more) in self.words.iter().zip(words) {
+            word.fetch_or(*more, Ordering::Release);
+        }
+    }
+
     /// Sets a range, or clears it. What was written before a bit was set is seen by whoever sees the bit.
     ///
     /// # Panics

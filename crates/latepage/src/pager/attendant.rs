@@ -515,7 +515,7 @@ impl Thread {
                     shared.hurry(|session| std::ptr::addr_eq(session.source(), &*listener.source));
                     What::LeaseBreaking { source: source(), seconds: remaining.as_secs_f64(), change }
                 }
-                SourceNotice::NoLease { .. } => What::Warning { what: change },
+                SourceNotice::NoLease { .. } | SourceNotice::ZeroMap { .. } => What::Warning { what: change },
                 _ => What::SourceChanged { source: source(), change },
             };
             shared.events.emit(what);

@@ -5,12 +5,15 @@ use std::ops::Range;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
+use rustix::io::Errno;
+
 use crate::memory::Bitmap;
 use crate::sys::file;
 use crate::sys::mapping::Mapping;
 
 use super::AtHand;
 use super::opened::Opened;
+use super::zeros::Zeros;
 
 /// What the bits stand for.
 pub(super) const PAGE: u64 = 4096;
@@ -26,11 +29,9 @@ const SAMPLES: usize = 64;
 #[derive(Debug)]
 pub(super) struct Cached {
     view: Mapping,
-    /// Pages that were found in the page cache, all of them known.
+    /// Pages that were found in the page cache. Of all of them it is known whether they are zero.
     there: Bitmap,
-    /// Pages of which it is known whether they are zero, and those that are.
-    known: Bitmap,
-    zero: Arc<Bitmap>,
+    zeros: Arc<Zeros>,
 }
 
 /// Buffers of whoever looks.
@@ -48,7 +49,7 @@ impl Looking {
 
 impl Cached {
     /// `None` where it cannot be mapped, or where the kernel does not tell us what is in memory: then nothing is at hand.
-    pub(super) fn new(file: &Opened, zero: Arc<Bitmap>) -> Option<Self> {
+    pub(super) fn new(file: &Opened, zeros: Arc<Zeros>) -> Option<Self> {
         let pages = (file.size / PAGE) as usize;
         if pages == 0
             || rustix::param::page_size() as u64 != PAGE
@@ -59,7 +60,7 @@ impl Cached {
         let view = Mapping::read_only(file.fd.as_fd(), pages * PAGE as usize).ok()?;
         // What is looked at shall not draw more of a cold file into memory than was there.
         view.read_nothing_ahead().ok()?;
-        Some(Self { view, there: Bitmap::new(pages), known: Bitmap::new(pages), zero })
+        Some(Self { view, there: Bitmap::new(pages), zeros })
     }
 
     /// What is at hand from `offset` on, in whole units: of `length` bytes that all are data.
@@ -67,7 +68,7 @@ impl Cached {
         let (step, start) = ((unit / PAGE) as usize, (offset / PAGE) as usize);
         let end = start + (length / PAGE) as usize;
         let whole = |run: usize| (run - start) / step * step;
-        let zero = whole(self.zero.run(start..end, true));
+        let zero = whole(self.zeros.zero.run(start..end, true));
         if zero > 0 {
             return Some(AtHand::Zero(zero as u64 * PAGE));
         }
@@ -75,7 +76,7 @@ impl Cached {
         // It goes up to the first unit that is all zero.
         let mut contents = step;
         while contents < there
-            && self.zero.run(start + contents..start + contents + step, true) < start + contents + step
+            && self.zeros.zero.run(start + contents..start + contents + step, true) < start + contents + step
         {
             contents += step;
         }
@@ -167,17 +168,17 @@ impl Cached {
     fn came(&self, file: &Opened, pages: Range<usize>, buffer: &mut [u8], still: impl Fn() -> bool) {
         let mut at = pages.start;
         while at < pages.end {
-            at = self.known.run(at..pages.end, true);
-            let new = at..self.known.run(at..pages.end, false);
+            at = self.zeros.known.run(at..pages.end, true);
+            let new = at..self.zeros.known.run(at..pages.end, false);
             self.learn(file, new.clone(), buffer, &still);
             at = new.end;
         }
         // After what is known of it: whoever sees that it is there sees that, too.
         let mut at = pages.start;
         while at < pages.end {
-            let known = at..self.known.run(at..pages.end, true);
+            let known = at..self.zeros.known.run(at..pages.end, true);
             self.there.fill(known.clone(), true);
-            at = self.known.run(known.end..pages.end, false);
+            at = self.zeros.known.run(known.end..pages.end, false);
         }
     }
 
@@ -192,29 +193,35 @@ impl Cached {
         let nothing = pages.start..pages.start;
         let (heads, rest) = buffer.split_at_mut(pages.len() * HEAD);
         let window = self.view.window(pages.start * PAGE as usize, pages.len() * PAGE as usize);
+        let whole = &mut rest[..PAGE as usize];
+        let mut is_zero = |page: usize| {
+            let read = file::read(file.fd.as_fd(), whole, page as u64 * PAGE);
+            read == Ok(PAGE as usize) && all_zero(whole)
+        };
         let seen = match window.copy_heads_to(PAGE as usize, HEAD, heads) {
             Ok(bytes) => pages.start..pages.start + bytes / HEAD,
+            // A sandbox may forbid it: then all of each page is read.
+            Err(Errno::PERM | Errno::NOSYS) => {
+                heads.fill(0);
+                pages
+            }
             Err(_) => return nothing,
         };
         for (page, head) in seen.clone().zip(heads.chunks_exact(HEAD)) {
             // Most pages that are not zero show it here.
-            let zero = all_zero(head) && {
-                let (offset, whole) = (page as u64 * PAGE, &mut rest[..PAGE as usize]);
-                file::read(file.fd.as_fd(), whole, offset) == Ok(PAGE as usize) && all_zero(whole)
-            };
-            if zero && still() {
-                self.zero.fill(page..page + 1, true);
+            if all_zero(head) && is_zero(page) && still() {
+                self.zeros.zero.fill(page..page + 1, true);
             }
         }
         if !still() {
             return nothing;
         }
-        self.known.fill(seen.clone(), true);
+        self.zeros.known.fill(seen.clone(), true);
         seen
     }
 }
 
 /// Whether all of it is zero; a multiple of 64 bytes.
-fn all_zero(bytes: &[u8]) -> bool {
+pub(super) fn all_zero(bytes: &[u8]) -> bool {
     bytes.chunks_exact(64).all(|line| line.iter().fold(0, |seen, byte| seen | byte) == 0)
 }

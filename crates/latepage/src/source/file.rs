@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use rustix::io::Errno;
 
-use crate::memory::{Bitmap, Layout};
+use crate::memory::Layout;
 use crate::sys::file;
 
 use super::cached::{self, Cached};
@@ -14,6 +14,7 @@ use super::cold::Cold;
 use super::extents::{Extent, Extents};
 use super::lease::{Guard, Readable};
 use super::opened::Opened;
+use super::scan::Keeping;
 use super::survey::{Survey, Surveyed};
 use super::{Answer, AtHand, FileExtent, Source, SourceError, SourceNotice};
 
@@ -21,12 +22,11 @@ use super::{Answer, AtHand, FileExtent, Source, SourceError, SourceNotice};
 /// writers back, where one is granted (see `docs/source.md`).
 #[derive(Debug)]
 pub struct FileSource {
-    file: Arc<Opened>,
-    extents: Arc<Extents>,
+    pub(super) file: Arc<Opened>,
+    pub(super) extents: Arc<Extents>,
     at_once: AtOnce,
-    guard: Guard,
-    /// Pages that are known to be zero, though they are data.
-    zero: Arc<Bitmap>,
+    pub(super) guard: Guard,
+    pub(super) keeping: Arc<Keeping>,
     at_hand: Option<(Arc<Cached>, Survey)>,
     cold: Cold,
 }
@@ -48,16 +48,18 @@ impl FileSource {
     /// # Errors
     /// [`SourceError`]: there is none, it cannot be read, it is no regular file, it is empty.
     pub fn open(path: impl AsRef<Path>) -> Result<Self, SourceError> {
-        Self::open_with(path.as_ref().to_owned(), Guard::new)
+        Self::open_with(path.as_ref().to_owned(), Guard::new, None)
     }
 
     pub(super) fn open_with(
         path: PathBuf,
         guard: impl FnOnce(Arc<Opened>) -> Result<Guard, Errno>,
+        zero_maps: Option<&Path>,
     ) -> Result<Self, SourceError> {
         let opened = Opened::open(path)?;
         let (fd, size) = (opened.fd.as_fd(), opened.size);
-        let at_once = match file::read_cached(fd, &mut [0], 0) {
+        // At the end: anywhere else the kernel would read ahead for that.
+        let at_once = match file::read_cached(fd, &mut [0], size) {
             Ok(_) | Err(Errno::AGAIN) => AtOnce::Cached,
             Err(Errno::OPNOTSUPP) if file::lives_in_memory(fd) => AtOnce::Memory,
             Err(Errno::OPNOTSUPP) => AtOnce::Never,
@@ -76,21 +78,22 @@ impl FileSource {
             errno,
         })?;
         let extents = Arc::new(extents);
-        let zero = Arc::new(Bitmap::new((size / cached::PAGE) as usize));
+        let keeping = Arc::new(Keeping::new(&opened, guard.trust(), zero_maps));
         // Without a lease somebody may cut a page in two, of which a mapping then shows the rest as zero.
         let cached = if guard.is_leased() && at_once != AtOnce::Never {
-            Cached::new(&opened, Arc::clone(&zero))
+            Cached::new(&opened, Arc::clone(&keeping.zeros))
         } else {
             None
         };
         let at_hand = cached.map(|cached| {
             let (file, extents, cached) = (Arc::clone(&opened), Arc::clone(&extents), Arc::new(cached));
-            let of = Surveyed { file, extents, cached: Arc::clone(&cached), trust: guard.trust() };
+            let (for_thread, keeping) = (Arc::clone(&cached), Arc::clone(&keeping));
+            let of = Surveyed { file, extents, cached: for_thread, keeping, trust: guard.trust() };
             (cached, Survey::start(of))
         });
         let cached = at_hand.as_ref().map(|(cached, _)| Arc::clone(cached));
         let cold = Cold::new(Arc::clone(&opened), Arc::clone(&extents), cached, guard.trust());
-        Ok(Self { file: opened, extents, at_once, guard, zero, at_hand, cold })
+        Ok(Self { file: opened, extents, at_once, guard, keeping, at_hand, cold })
     }
 
     /// The path that it was opened by.
@@ -135,7 +138,7 @@ impl FileSource {
     /// How many bytes of data from `offset` on are known to be zero, in whole units.
     fn known_zero(&self, offset: u64, length: u64, unit: u64) -> u64 {
         let (start, end) = (offset / cached::PAGE, (offset + length) / cached::PAGE);
-        let run = self.zero.run(start as usize..end as usize, true) as u64;
+        let run = self.keeping.zeros.zero.run(start as usize..end as usize, true) as u64;
         (run - start) * cached::PAGE / unit * unit
     }
 
@@ -316,7 +319,9 @@ impl Source for FileSource {
         {
             survey.look();
         }
-        self.guard.check()
+        let mut notices = self.guard.check();
+        notices.append(&mut self.keeping.notices());
+        notices
     }
 
     fn admit(&self, layout: &Layout) -> Result<(), SourceError> {

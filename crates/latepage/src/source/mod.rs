@@ -17,13 +17,16 @@ mod lease;
 mod notice;
 mod opened;
 pub mod queue;
+mod scan;
 mod survey;
 #[cfg(test)]
 mod tests;
+mod zeros;
 
 pub use self::error::SourceError;
 pub use self::file::FileSource;
 pub use self::notice::{NoLease, SourceNotice};
+pub use self::scan::Scan;
 
 use std::os::fd::BorrowedFd;
 

@@ -30,6 +30,16 @@ pub enum SourceNotice {
         /// Why not.
         why: NoLease,
     },
+    /// The zero map of the file is not used, or not made: its zero pages are found anew.
+    #[error("memory file {path}: zero map {map}: {what}", path = path.display(), map = map.display())]
+    ZeroMap {
+        /// The file.
+        path: PathBuf,
+        /// The map.
+        map: PathBuf,
+        /// What is the matter, and what is done.
+        what: String,
+    },
     /// It was written, or touched, and no lease was there to hold the writer back.
     #[error("memory file {path}: it was modified while it is served ({how}): pages from now on may not be the snapshot's, and no further VM is served from it", path = path.display())]
     Changed {

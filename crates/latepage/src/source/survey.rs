@@ -12,6 +12,7 @@ use super::cached::{Cached, Looking, STRETCH};
 use super::extents::Extents;
 use super::lease::Trust;
 use super::opened::Opened;
+use super::scan::Keeping;
 
 /// How long a look may take that is not the first: of a large file it goes on from there the next time.
 const AT_A_TIME: Duration = Duration::from_millis(20);
@@ -64,6 +65,7 @@ pub(super) struct Surveyed {
     pub(super) file: Arc<Opened>,
     pub(super) extents: Arc<Extents>,
     pub(super) cached: Arc<Cached>,
+    pub(super) keeping: Arc<Keeping>,
     pub(super) trust: Trust,
 }
 
@@ -177,7 +179,8 @@ fn keep(shared: &Shared, of: &Surveyed) {
             wish = shared.changed.wait_timeout(wish, left).unwrap_or_else(PoisonError::into_inner).0;
         }
         if wish.ended {
-            return;
+            drop(wish);
+            return of.keeping.keep();
         }
         let look = std::mem::take(&mut wish.look);
         if !look {
@@ -188,10 +191,13 @@ fn keep(shared: &Shared, of: &Surveyed) {
             let deadline = (!first).then(|| Instant::now() + AT_A_TIME);
             from = walk(shared, of, from, deadline, &mut with, &mut mapped);
             first = false;
-            shared.looked.store(true, Ordering::Release);
+            if !shared.looked.swap(true, Ordering::AcqRel) {
+                of.keeping.keep();
+            }
         } else {
             of.cached.unmap();
             mapped = Mapped::none(of);
+            of.keeping.keep();
         }
         let mut wish = shared.wish();
         wish.looks += u64::from(look);

@@ -1,6 +1,7 @@
 //! A memory file, on the real file system and with real leases.
 
 mod at_hand;
+mod zero_maps;
 
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
@@ -76,7 +77,7 @@ fn notice(source: &FileSource, wanted: impl Fn(&SourceNotice) -> bool) -> Source
 /// With a lease, or nothing: then the reason is printed.
 fn with_lease(scrap: &Scrap, allowance: Duration) -> Option<FileSource> {
     let source =
-        FileSource::open_with(scrap.0.clone(), |file| Guard::with_allowance(file, allowance)).unwrap();
+        FileSource::open_with(scrap.0.clone(), |file| Guard::with_allowance(file, allowance), None).unwrap();
     if !source.has_lease() {
         println!("skipped: {:?}", source.check());
         return None;
