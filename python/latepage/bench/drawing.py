@@ -75,5 +75,5 @@ def _line(axes: Any, y: int, figure: Figure, *, named: bool) -> None:
         axes.text(-1.08, y, figure.way, color=INK, **beside)
         axes.text(-0.62, y, f"{figure.metric}: {size_of(figure.value, figure.unit)}", color=INK, **beside)
     axes.text(-0.36, y, f"{figure.peer}: {size_of(figure.limit, figure.unit)}", color=MUTED, **beside)
-    bound = "" if figure.bound is None else f" ≤ {figure.bound:.2f} · {figure.error:.2f}"
+    bound = "" if figure.bound is None else f" {'>' if figure.holds is False else '≤'} {figure.bound:.2f} · {figure.error:.2f}"
     axes.text(1.02, y, f"{ratio_of(figure.ratio)}{bound}", color=colour, **beside)
