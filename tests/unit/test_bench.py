@@ -114,7 +114,7 @@ def test_the_best_filler_is_the_fastest_and_not_one_that_was_lucky_once() -> Non
             return 1.0 if runs[filler] == 1 else 100.0
         return 10.0 if filler.around == 16 << 10 and filler.same_core else 50.0
 
-    best = best_filler(run, random=True, cold=False, few=False, tell=lambda _share, _what: None)
+    best = best_filler(run, random=True, cold=False, pinned=True, few=False, tell=lambda _share, _what: None)
     assert (best.around, best.same_core) == (16 << 10, True)
 
 
