@@ -18,8 +18,11 @@ const FIRST: Duration = Duration::from_micros(500);
 /// Between the next two looks; twice as long each time that nothing has changed.
 const SOON: Duration = Duration::from_millis(2);
 const SELDOM: Duration = Duration::from_millis(32);
-/// Between two looks at where the thread runs that a worker follows: the scheduler may move it at any time.
+/// Between two looks at where the thread runs that a worker follows, at least: the scheduler may move it at any time.
 const STEP: Duration = Duration::from_millis(1);
+/// Faults for which such a glance is worth its cost, and a whole look at a VM that has been looked at for a while.
+const WORTH_A_GLANCE: u32 = 16;
+const WORTH_A_LOOK: u32 = 256;
 /// Moves between two looks after which nobody runs after a thread for a while. Where a core is idle, the scheduler may wake it there
 /// each time, since its own is the worker's.
 const STAYS: u32 = 1;
@@ -127,6 +130,8 @@ struct Round {
     counts: HashMap<u64, u64>,
     /// Workers, by their numbers, that follow a thread of a session from core to core.
     follows: Vec<(usize, u64, u32)>,
+    /// From one fault to the next, of the worker that had most since the last look.
+    interval: Duration,
     looked: Instant,
 }
 
@@ -138,6 +143,7 @@ impl Round {
             watched: HashMap::new(),
             counts: HashMap::new(),
             follows: Vec::new(),
+            interval: Duration::ZERO,
             looked: Instant::now(),
         }
     }
@@ -156,7 +162,8 @@ impl Round {
                 let Seen { workers, changed } = self.look(&shared);
                 idle = if workers == 0 { idle + 1 } else { 0 };
                 lively |= workers > 0;
-                pause = if changed || workers == 0 { SOON } else { (pause * 2).min(SELDOM) };
+                let longest = SELDOM.max(self.interval * WORTH_A_LOOK);
+                pause = if changed || workers == 0 { SOON } else { (pause * 2).min(longest) };
             }
             self.follows.clear();
             self.watched.clear();
@@ -170,7 +177,8 @@ impl Round {
     fn rest(&mut self, pause: Duration) -> bool {
         let mut left = pause;
         while !left.is_zero() {
-            let step = if self.follows.is_empty() { left } else { left.min(STEP) };
+            let glance = STEP.max(self.interval * WORTH_A_GLANCE);
+            let step = if self.follows.is_empty() { left } else { left.min(glance) };
             std::thread::park_timeout(step);
             if self.scout.stop.load(Ordering::Acquire) {
                 return false;
@@ -234,7 +242,9 @@ impl Round {
 
     fn look(&mut self, shared: &Shared) -> Seen {
         let before = std::mem::take(&mut self.counts);
-        let least = LIVELY * self.looked.elapsed().as_micros() as u64 / 1_000_000;
+        let elapsed = self.looked.elapsed();
+        let least = LIVELY * elapsed.as_micros() as u64 / 1_000_000;
+        self.interval = elapsed;
         self.count();
         let workers = shared.workers.get().map_or(&[][..], Vec::as_slice);
         let mut seen = Seen { workers: 0, changed: false };
@@ -251,6 +261,7 @@ impl Round {
                 all += faults;
                 most = most.max((faults, id));
             }
+            self.interval = self.interval.min(elapsed / all.clamp(1, u64::from(u32::MAX)) as u32);
             let lead = (all >= least.max(2) && is_most(most.0, all)).then_some(most.1);
             let stance = match lead.and_then(|id| shared.sessions().live.get(&id).cloned()) {
                 None => Stance::BLOCK,
