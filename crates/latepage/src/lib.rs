@@ -38,3 +38,9 @@ pub mod sys;
 #[allow(dead_code, reason = "loom's tests use some of it")]
 #[path = "session/gate.rs"]
 mod gate;
+
+/// The channel's protocol alone, for loom: the rest of it is made of system calls.
+#[cfg(loom)]
+#[allow(dead_code, unreachable_pub, unused_imports, reason = "loom's tests use some of it")]
+#[path = "delivery/channel/protocol/mod.rs"]
+mod channel_protocol;

@@ -1,5 +1,6 @@
 //! Delivery: how faults reach whoever resolves them, and how those who wait are released.
 
+pub mod channel;
 #[cfg(test)]
 mod tests;
 mod uffd;

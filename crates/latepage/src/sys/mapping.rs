@@ -248,7 +248,11 @@ impl Mapping {
         self.word(offset).store(value, Ordering::Release);
     }
 
-    fn word(&self, offset: usize) -> &AtomicU64 {
+    /// The word at `offset`: what two processes change at the same time.
+    ///
+    /// # Panics
+    /// As [`load`](Self::load).
+    pub fn word(&self, offset: usize) -> &AtomicU64 {
         assert!(offset.is_multiple_of(8), "a word lies at a multiple of 8, not at {offset:#x}");
         let word: *mut u64 = self.at(offset, 8).cast();
         // SAFETY: valid for 8 bytes and aligned (checked; the base is aligned to 2 MiB), and lives as long as `self`.

@@ -6,6 +6,7 @@
 
 pub mod fdpass;
 pub mod file;
+pub mod futex;
 pub mod lease;
 pub mod mapping;
 pub mod memfd;

@@ -1,0 +1,246 @@
+//! The pager's side: takes what was posted, many at once, and completes it.
+
+use std::ops::Range;
+
+use super::Shared;
+use super::layout::{self, Shape};
+use super::slot::{Completion, Kind, Request, State};
+use super::taken::Taken;
+use crate::memory::atomic::{AtomicU64, Ordering, fence};
+
+/// The one reader of a channel. That there is one only, whoever makes it sees to.
+///
+/// Everything in the memory may have been written by a stranger, at any time. It is bounded in what it makes a reader do: each
+/// call looks at every slot at most once.
+#[derive(Debug)]
+pub struct Reader<S: Shared> {
+    shared: S,
+    shape: Shape,
+    generation: u32,
+    /// Bits of the summary that were cleared there and not followed yet, and which leaves have some.
+    leaves: Vec<u64>,
+    top: u64,
+    /// How often this reader has gone to sleep: tells one arming from another.
+    armed: Option<u64>,
+    naps: u64,
+    taken: Taken,
+    /// Slots whose removals have been handed on, and their posts' numbers and pages.
+    removals: Vec<(u32, u32, Range<u32>)>,
+}
+
+impl<S: Shared> Reader<S> {
+    /// Begins to read, where the reader before left off: what waits is found whether or not that one had seen it.
+    pub(in super::super) fn begin(shared: S, shape: Shape) -> Self {
+        let generation =
+            shared.word(layout::GENERATION).fetch_add(1, Ordering::AcqRel).wrapping_add(1) as u32;
+        let naps = shared.word(layout::ARMED).load(Ordering::Relaxed) >> 1;
+        let mut reader = Self {
+            shape,
+            generation,
+            leaves: vec![0; shape.leaves()],
+            top: 0,
+            armed: None,
+            naps,
+            taken: Taken::new(shape.slots()),
+            removals: Vec::with_capacity(shape.slots() as usize),
+            shared,
+        };
+        for slot in 0..shape.slots() {
+            let state = State(reader.word(slot, layout::slot::STATE).load(Ordering::Acquire));
+            if state.waits() {
+                reader.note(slot);
+            } else if reader.word(slot, layout::slot::SLEEPS).load(Ordering::Relaxed) != 0 {
+                // The one before completed it, and died before it woke its owner.
+                reader.shared.wake(shape.slot(slot, layout::slot::STATE));
+            }
+        }
+        reader
+    }
+
+    /// How many readers there have been, this one included (the low half of it).
+    pub fn generation(&self) -> u32 {
+        self.generation
+    }
+
+    /// What it reads.
+    pub fn shape(&self) -> Shape {
+        self.shape
+    }
+
+    /// The memory that it reads.
+    pub fn shared(&self) -> &S {
+        &self.shared
+    }
+
+    fn word(&self, slot: u32, word: usize) -> &AtomicU64 {
+        self.shared.word(self.shape.slot(slot, word))
+    }
+
+    fn note(&mut self, slot: u32) {
+        let leaf = (slot / 64) as usize;
+        self.leaves[leaf] |= 1 << (slot % 64);
+        self.top |= 1 << leaf;
+    }
+
+    /// Takes what was posted, `room` requests at most, and hands each to `found` with its slot. Never blocks.
+    ///
+    /// Returns whether to come again. If not, nothing was posted, and the reader counts as asleep: the next post rings. What was
+    /// handed out before counts as done with by now, as far as it was a removal, and is completed.
+    pub fn take(&mut self, room: usize, mut found: impl FnMut(u32, Request)) -> bool {
+        self.disarm();
+        while let Some((slot, number, pages)) = self.removals.pop() {
+            self.complete(slot, number, &Completion::Done(pages));
+        }
+        if !self.gather() {
+            self.arm();
+            if !self.gather() {
+                return false;
+            }
+            self.disarm();
+        }
+        let mut left = room;
+        while left > 0
+            && let Some(slot) = self.next()
+        {
+            if let Some((number, request)) = self.take_slot(slot) {
+                match &request {
+                    Request::Fault { page, .. } => self.taken.insert(slot, *page, number),
+                    Request::Removed(pages) => self.removals.push((slot, number, pages.clone())),
+                }
+                found(slot, request);
+                left -= 1;
+            }
+        }
+        true
+    }
+
+    /// Moves the summary's bits here. Whether there are any.
+    pub(super) fn gather(&mut self) -> bool {
+        let top = self.shared.word(layout::TOP);
+        if top.load(Ordering::Relaxed) != 0 {
+            // The top first: see `Seat::announce`.
+            let mut bits = top.swap(0, Ordering::AcqRel);
+            while bits != 0 {
+                let leaf = bits.trailing_zeros() as usize;
+                bits &= bits - 1;
+                if leaf < self.leaves.len() {
+                    let posted = self.shared.word(self.shape.leaf(leaf)).swap(0, Ordering::AcqRel);
+                    self.leaves[leaf] |= posted & self.shape.bits_of(leaf);
+                    if self.leaves[leaf] != 0 {
+                        self.top |= 1 << leaf;
+                    }
+                }
+            }
+        }
+        self.top != 0
+    }
+
+    /// The next slot whose bit was gathered.
+    fn next(&mut self) -> Option<u32> {
+        if self.top == 0 {
+            return None;
+        }
+        let leaf = self.top.trailing_zeros() as usize;
+        let bit = self.leaves[leaf].trailing_zeros();
+        self.leaves[leaf] &= self.leaves[leaf] - 1;
+        if self.leaves[leaf] == 0 {
+            self.top &= self.top - 1;
+        }
+        Some(leaf as u32 * 64 + bit)
+    }
+
+    /// Takes a slot's request. `None` where there is none (any more), or it makes no sense; then it has been refused.
+    fn take_slot(&self, slot: u32) -> Option<(u32, Request)> {
+        let word = self.word(slot, layout::slot::STATE);
+        let state = State(word.load(Ordering::Acquire));
+        // One that an earlier reader had taken is taken anew. Our own is not: it has been handed out.
+        if !state.waits() || state.kind() == Kind::Taken && state.generation() == self.generation {
+            return None;
+        }
+        let words = [layout::slot::ASKED, layout::slot::HOW]
+            .map(|word| self.word(slot, word).load(Ordering::Relaxed));
+        let taken = State::new(Kind::Taken, state.number(), self.generation);
+        // Should its owner have posted anew while we read, its bit comes again.
+        word.compare_exchange(state.0, taken.0, Ordering::AcqRel, Ordering::Relaxed).ok()?;
+        let request = Request::read(words, self.shape);
+        if request.is_none() {
+            self.complete(slot, state.number(), &Completion::Refused);
+        }
+        Some((state.number(), request?))
+    }
+
+    /// Says that the next post shall ring, unless a bit is there already.
+    fn arm(&mut self) {
+        self.naps = self.naps.wrapping_add(1);
+        let armed = self.naps << 1 | 1;
+        self.armed = Some(armed);
+        // A swap: with a plain store loom could not tell which of it and a post's answer to the arming before came first.
+        self.shared.word(layout::ARMED).swap(armed, Ordering::Relaxed);
+        // With the fence between a post and its look at that word: one of the two sees the other.
+        fence(Ordering::SeqCst);
+    }
+
+    /// Awake: no post need ring.
+    fn disarm(&mut self) {
+        let Some(armed) = self.armed.take() else { return };
+        // Most often who rang has done it.
+        let _ = self.shared.word(layout::ARMED).compare_exchange(
+            armed,
+            armed & !1,
+            Ordering::Relaxed,
+            Ordering::Relaxed,
+        );
+    }
+
+    /// Completes every request for a page of these: all of them have been seen to.
+    pub fn release(&mut self, pages: &Range<u32>) {
+        self.complete_all(pages, &Completion::Done(pages.clone()));
+    }
+
+    /// Completes every request for a page of these: they cannot be had.
+    pub fn fail(&mut self, pages: &Range<u32>) {
+        self.complete_all(pages, &Completion::Failed);
+    }
+
+    fn complete_all(&mut self, pages: &Range<u32>, completion: &Completion) {
+        if self.taken.is_empty() {
+            return;
+        }
+        if pages.len() <= self.shape.slots() as usize {
+            for page in pages.clone() {
+                while let Some((slot, number)) = self.taken.pop(page) {
+                    self.complete(slot, number, completion);
+                }
+            }
+        } else {
+            for slot in 0..self.shape.slots() {
+                if let Some((slot, number)) = self.taken.pop_slot(slot, pages) {
+                    self.complete(slot, number, completion);
+                }
+            }
+        }
+    }
+
+    /// Completes the post of that number, if it still waits, and wakes its owner if he sleeps.
+    fn complete(&self, slot: u32, number: u32, completion: &Completion) {
+        let taken = State::new(Kind::Taken, number, self.generation);
+        let done = State::new(Kind::Done, number, self.generation);
+        let state = self.word(slot, layout::slot::STATE);
+        if state.load(Ordering::Relaxed) != taken.0 {
+            // Given up. What stands beside it may be the answer to a later post, which nobody must write over.
+            return;
+        }
+        let [filled, result] = completion.words();
+        // Should it be given up just now, a later post has its answer written here again before anyone looks: by this reader.
+        self.word(slot, layout::slot::FILLED).store(filled, Ordering::Relaxed);
+        self.word(slot, layout::slot::RESULT).store(result, Ordering::Relaxed);
+        if state.compare_exchange(taken.0, done.0, Ordering::AcqRel, Ordering::Relaxed).is_err() {
+            return;
+        }
+        // With the fence between its owner's falling asleep and his last look: one of the two sees the other.
+        fence(Ordering::SeqCst);
+        if self.word(slot, layout::slot::SLEEPS).load(Ordering::Relaxed) != 0 {
+            self.shared.wake(self.shape.slot(slot, layout::slot::STATE));
+        }
+    }
+}
