@@ -59,6 +59,8 @@ pub struct Batch {
     pub surprises: Vec<Surprise>,
     /// Whether more may be waiting.
     pub more: bool,
+    /// The most that a delivery adds at a time.
+    pub room: usize,
     pub(crate) messages: MessageBuffer,
 }
 
@@ -70,11 +72,13 @@ impl Batch {
             faults: Vec::with_capacity(capacity),
             surprises: Vec::new(),
             more: false,
+            room: capacity,
             messages: MessageBuffer::new(capacity),
         }
     }
 
-    fn clear(&mut self) {
+    /// Empties it, for the next look.
+    pub fn clear(&mut self) {
         self.removed.clear();
         self.faults.clear();
         self.surprises.clear();
@@ -94,14 +98,23 @@ pub struct DeliveryError {
 
 /// How faults reach us, and how those who wait are released.
 pub trait Delivery: Send {
-    /// Takes what waits, as much as fits into `batch`, removals first. Never blocks.
+    /// Adds to `batch` what waits, as much as it has room for, removals apart. Never blocks. Says in `more` if it may have more: if
+    /// not, its descriptor becomes readable with the next.
+    ///
+    /// What was taken before has been seen to by the time of the next call, as far as it was a removal.
     ///
     /// # Errors
     /// [`DeliveryError`] where nothing more can ever come.
     fn take(&mut self, layout: &Layout, batch: &mut Batch) -> Result<(), DeliveryError>;
 
     /// Releases everyone who waits for a page of the range, which lies in one region. They look again.
-    fn release(&self, layout: &Layout, pages: Range<u32>);
+    fn release(&mut self, layout: &Layout, pages: Range<u32>);
+
+    /// Pages have come, by an install that has woken those whom the kernel knows to wait. Whoever else waits here is released.
+    fn installed(&mut self, _layout: &Layout, _pages: Range<u32>) {}
+
+    /// Pages that cannot be had were poisoned, which has woken those whom the kernel knows to wait. Whoever else waits here is told.
+    fn failed(&mut self, _layout: &Layout, _pages: Range<u32>) {}
 
     /// A descriptor that polls readable when there is something to take.
     fn descriptor(&self) -> BorrowedFd<'_>;

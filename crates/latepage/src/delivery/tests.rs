@@ -29,6 +29,11 @@ fn made(pages: usize, features: Features) -> Option<(Arc<Mapping>, Layout, Arc<U
     Some((Arc::new(mapping), layout, uffd))
 }
 
+fn take(delivery: &mut UffdDelivery, layout: &Layout, batch: &mut Batch) {
+    batch.clear();
+    delivery.take(layout, batch).unwrap();
+}
+
 fn wait(delivery: &UffdDelivery) {
     let bound = Timespec { tv_sec: 60, tv_nsec: 0 };
     let descriptor = delivery.descriptor();
@@ -52,7 +57,7 @@ fn removals_are_told_apart_from_faults_however_they_are_mixed() {
     let (mut removed, mut faults) = (Vec::new(), Vec::new());
     while removed.is_empty() || faults.len() < 2 {
         wait(&delivery);
-        delivery.take(&layout, &mut batch).unwrap();
+        take(&mut delivery, &layout, &mut batch);
         removed.append(&mut batch.removed);
         faults.extend(batch.faults.iter().map(|fault| (fault.page, fault.flags)));
     }
@@ -60,7 +65,7 @@ fn removals_are_told_apart_from_faults_however_they_are_mixed() {
     faults.sort_unstable_by_key(|(page, _)| *page);
     assert_eq!((removed, faults), (vec![1..4], vec![(5, FaultFlags::empty()), (6, FaultFlags::WRITE)]));
     // The batch is empty again where nothing waits.
-    delivery.take(&layout, &mut batch).unwrap();
+    take(&mut delivery, &layout, &mut batch);
     assert!(batch.removed.is_empty() && batch.faults.is_empty() && !batch.more);
     uffd.unregister(memory.address(), memory.len() as u64).unwrap();
     reader.join().unwrap();
@@ -77,7 +82,7 @@ fn a_fault_outside_every_region_is_no_silent_one() {
         std::thread::spawn(move || memory.load(2 * PAGE))
     };
     wait(&delivery);
-    delivery.take(&layout, &mut batch).unwrap();
+    take(&mut delivery, &layout, &mut batch);
     assert!(batch.faults.is_empty());
     let expected = memory.address() + 2 * PAGE as u64;
     assert!(matches!(batch.surprises[..], [Surprise::Stray(address)] if address == expected));
@@ -100,7 +105,7 @@ fn a_full_batch_says_that_there_may_be_more_and_loses_none() {
     let mut pages = Vec::new();
     while pages.len() < THREADS {
         wait(&delivery);
-        delivery.take(&layout, &mut batch).unwrap();
+        take(&mut delivery, &layout, &mut batch);
         assert_eq!(batch.more, batch.faults.len() == 4);
         pages.extend(batch.faults.iter().map(|fault| fault.page));
     }
@@ -109,7 +114,7 @@ fn a_full_batch_says_that_there_may_be_more_and_loses_none() {
     // Released, they look again, and each faults once more.
     delivery.release(&layout, 0..THREADS as u32);
     wait(&delivery);
-    delivery.take(&layout, &mut batch).unwrap();
+    take(&mut delivery, &layout, &mut batch);
     assert!(!batch.faults.is_empty());
     uffd.unregister(memory.address(), memory.len() as u64).unwrap();
     for waiter in waiters {
@@ -124,7 +129,7 @@ fn a_range_that_was_unmapped_is_removed() {
     let unmapper = std::thread::spawn(move || drop(Arc::into_inner(memory)));
     wait(&delivery);
     let mut batch = Batch::new(4);
-    delivery.take(&layout, &mut batch).unwrap();
+    take(&mut delivery, &layout, &mut batch);
     assert_eq!(batch.removed, [0..4]);
     unmapper.join().unwrap();
 }

@@ -22,11 +22,10 @@ impl UffdDelivery {
 
 impl Delivery for UffdDelivery {
     fn take(&mut self, layout: &Layout, batch: &mut Batch) -> Result<(), DeliveryError> {
-        batch.clear();
         self.uffd
             .read(&mut batch.messages)
             .map_err(|errno| DeliveryError { call: "read(userfaultfd)", errno })?;
-        batch.more = batch.messages.is_full();
+        batch.more |= batch.messages.is_full();
         for message in batch.messages.drain() {
             match message {
                 Message::PageFault { address, flags, thread } => match layout.find_hva(address) {
@@ -48,7 +47,7 @@ impl Delivery for UffdDelivery {
         Ok(())
     }
 
-    fn release(&self, layout: &Layout, pages: Range<u32>) {
+    fn release(&mut self, layout: &Layout, pages: Range<u32>) {
         let place = layout.place(pages.start);
         let length = u64::from(pages.end - pages.start) * place.page_size.bytes();
         // It fails for an unaligned or empty range alone, and a layout has neither.

@@ -1,16 +1,15 @@
 //! CONTINUE: for memory that is mapped twice, filled through the install view and exposed in the guest view.
 
 use std::ops::Range;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
-use super::{Install, Outcome, Stop, copy};
+use super::{Install, InstallView, Outcome, Stop, copy};
 use crate::memory::Layout;
-use crate::sys::mapping::{MapError, Mapping, Window};
-use crate::sys::uffd::{InstallMode, Installed, OwnersMemory, Userfaultfd};
+use crate::sys::mapping::{MapError, Window};
+use crate::sys::uffd::{InstallMode, OwnersMemory, Userfaultfd};
 
 /// Installs by writing through a second, never faulting view of the guest's memory file, and UFFDIO_CONTINUE.
 ///
@@ -20,25 +19,13 @@ pub struct MinorInstall {
     view: InstallView,
 }
 
-/// The install view: guest memory's file, mapped a second time.
-#[derive(Debug)]
-pub struct InstallView {
-    mapping: Mapping,
-    /// The file once more, by an open of our own: the sender's could be set to append, which pwrite(2) obeys. `None` where
-    /// there is no /proc to open it by.
-    file: Option<OwnedFd>,
-}
-
 impl MinorInstall {
     /// Maps a second view of `memory`, which must be sealed against shrinking, as far as `layout` reaches.
     ///
     /// # Errors
     /// [`MapError`].
     pub fn map(memory: &OwnedFd, layout: &Layout) -> Result<InstallView, MapError> {
-        let mapping = Mapping::shared(memory.as_fd(), 0, layout.end() as usize)?;
-        let path = format!("/proc/self/fd/{}", memory.as_raw_fd());
-        let file = rustix::fs::open(path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).ok();
-        Ok(InstallView { mapping, file })
+        InstallView::map(memory, layout)
     }
 
     /// Into the memory of the userfaultfd's creator, of which `view` is the install view.
@@ -49,23 +36,11 @@ impl MinorInstall {
 
 impl Install for MinorInstall {
     fn fill(&self, layout: &Layout, first: u32, contents: &[u8]) -> Outcome {
-        let place = layout.place(first);
-        self.view.mapping.write(place.offset as usize, contents);
-        Outcome { pages: (contents.len() as u64 / place.page_size.bytes()) as u32, stopped: None }
+        self.view.fill(layout, first, contents)
     }
 
-    /// By pwrite(2): one copy, and neither a fault on the install view nor a page that is zeroed first.
     fn fill_window(&self, layout: &Layout, first: u32, contents: Window<'_>) -> Outcome {
-        let place = layout.place(first);
-        let written = match &self.view.file {
-            Some(file) => contents.write_to(file.as_fd(), place.offset),
-            None => Err(Errno::FAULT),
-        };
-        let (bytes, stopped) = match written {
-            Ok(bytes) => (bytes as u64, (bytes < contents.len()).then_some(Errno::FAULT)),
-            Err(errno) => (0, Some(errno)),
-        };
-        Outcome::new(Installed { bytes, stopped }, place.page_size.bytes())
+        self.view.fill_window(layout, first, contents)
     }
 
     fn fill_exposes(&self) -> bool {

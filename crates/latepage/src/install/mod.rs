@@ -1,12 +1,16 @@
 //! Install: how contents get into the guest, in two steps.
 //!
 //! *Fill* puts the contents where they belong; *expose* lets the guest see them. COPY and ZEROPAGE do both at once; CONTINUE
-//! only exposes what was filled through a second view of the same memory.
+//! only exposes what was filled through a second view of the same memory. Where a bit for each page makes accesses trap, to clear it
+//! exposes; where only the VMM's own process can expose, it is left to that.
 
+mod bitmap;
 mod copy;
+mod fill;
 mod minor;
 #[cfg(test)]
 mod tests;
+mod view;
 
 use std::ops::Range;
 
@@ -16,9 +20,12 @@ use crate::memory::Layout;
 use crate::sys::mapping::Window;
 use crate::sys::uffd::Installed;
 
+pub use bitmap::{BitmapError, BitmapInstall, PageBitmap};
 pub use copy::CopyInstall;
 pub(crate) use copy::ZEROS;
+pub use fill::FillInstall;
 pub use minor::MinorInstall;
+pub use view::InstallView;
 
 /// Why an install went no further.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -102,6 +109,11 @@ pub trait Install: Send {
 
     /// Whether the guest's memory still exists.
     fn has_memory(&self) -> bool;
+
+    /// Whether [`has_memory`](Self::has_memory) can tell. If not, the VM lives as long as its process.
+    fn knows_memory(&self) -> bool {
+        true
+    }
 
     /// Whether a thread of the VMM is in the middle of a discard whose event someone must read.
     fn is_changing(&self) -> bool;

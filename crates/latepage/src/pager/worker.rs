@@ -305,10 +305,9 @@ impl Thread {
         session.with_socket(|socket| {
             let _ = watch(socket, SOCKET, epoll::EventFlags::RDHUP | epoll::EventFlags::ET);
         });
-        let watched = session
-            .with_descriptor(|fd| watch(fd, FAULTS, epoll::EventFlags::IN | epoll::EventFlags::ET))
-            .unwrap_or(Ok(()));
-        if watched.is_err() {
+        let faults =
+            |fd: BorrowedFd<'_>| watch(fd, FAULTS, epoll::EventFlags::IN | epoll::EventFlags::ET).is_ok();
+        if !session.with_descriptors(faults) {
             // A userfaultfd whose creator has not done UFFDIO_API cannot be polled, and can have no faults.
             session.finish(crate::session::End::Gone);
         }

@@ -4,8 +4,9 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::report::{End, LetGo, Report};
-use super::{Scratch, Session};
+use super::{Core, Scratch, Session};
 use crate::memory::PageState;
+use crate::sys::pidfd::PidFd;
 
 impl Session {
     /// Lets go of a VM that has all its memory: its faults are the kernel's own from now on.
@@ -27,13 +28,13 @@ impl Session {
                 return LetGo::Kept;
             }
             // A discard that had begun waits for its event to be read, and may not even have raised it yet.
-            while core.delivery.take(&self.layout, &mut scratch.batch).is_ok() && scratch.batch.more {}
+            while core.deliveries.take(&self.layout, &mut scratch.batch).is_ok() && scratch.batch.more {}
             if core.install.is_changing() {
                 return LetGo::NotYet;
             }
             // UNREGISTER does not wake everyone who faults at that moment (seen on 6.18), and what was just read is told nobody.
             for region in 0..self.layout.regions().len() {
-                core.delivery.release(&self.layout, self.layout.region_pages(region));
+                core.deliveries.release(&self.layout, self.layout.region_pages(region));
             }
             self.finish(End::Detached);
             LetGo::Done
@@ -43,7 +44,10 @@ impl Session {
 
     /// Whether the VM's memory is gone, and with it the session. Asked at every sign of its death.
     pub fn check_alive(self: &Arc<Self>) -> bool {
-        let alive = self.briefly(|core| core.install.has_memory()).unwrap_or(false);
+        let seen = || self.with_process(PidFd::has_ended) == Some(false);
+        let lives =
+            |core: &mut Core| if core.install.knows_memory() { core.install.has_memory() } else { seen() };
+        let alive = self.briefly(lives).unwrap_or(false);
         if !alive {
             self.finish(End::Gone);
         }

@@ -76,17 +76,18 @@ impl Session {
     }
 
     /// Poisons pages; where the kernel cannot, the VM is killed. `None` where it will not just now.
-    fn poison(&self, core: &Core, run: Range<u32>) -> Option<Action> {
+    fn poison(&self, core: &mut Core, run: Range<u32>) -> Option<Action> {
         let mut at = run.start;
         while at < run.end {
             let end = self.layout.region_end(at).min(run.end);
             let outcome = core.install.poison(&self.layout, at..end);
+            core.deliveries.failed(&self.layout, at..at + outcome.pages);
             at += outcome.pages;
             match outcome.stopped {
                 None => {}
                 // A page that is there after all is not poisoned, and not missed.
                 Some(Stop::AlreadyThere) => {
-                    core.delivery.release(&self.layout, at..at + 1);
+                    core.deliveries.release(&self.layout, at..at + 1);
                     at += 1;
                 }
                 Some(Stop::Gone) => return Some(Action::Killed),

@@ -6,6 +6,7 @@
 mod answer;
 mod around;
 mod batch;
+mod deliveries;
 mod end;
 mod fail;
 mod gate;
@@ -26,7 +27,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Instant;
 
 use crate::attachment::{Backing, Form, Hello};
-use crate::delivery::{Batch, Delivery, UffdDelivery};
+use crate::delivery::{Batch, UffdDelivery};
 use crate::install::{CopyInstall, Install, MinorInstall};
 use crate::memory::{Layout, Pages};
 use crate::source::Source;
@@ -36,6 +37,7 @@ use crate::sys::pidfd::PidFd;
 use crate::sys::uffd::Userfaultfd;
 use around::Around;
 use batch::Fresh;
+use deliveries::Deliveries;
 use gate::Gate;
 use waiting::WaitingRoom;
 
@@ -75,7 +77,7 @@ impl Default for Scratch {
 
 /// The parts of a session that only the holder of its gate touches. They end with the session.
 struct Core {
-    delivery: Box<dyn Delivery>,
+    deliveries: Deliveries,
     install: Box<dyn Install>,
     waiting: WaitingRoom,
     around: Around,
@@ -182,7 +184,7 @@ impl Session {
             process: Mutex::new(peer.process),
             end: OnceLock::new(),
             gate: Gate::new(Some(Core {
-                delivery: Box::new(UffdDelivery::new(uffd)),
+                deliveries: Deliveries::new(vec![Box::new(UffdDelivery::new(uffd))]),
                 install,
                 waiting: WaitingRoom::new(vcpus as usize + 8),
                 around: Around::new(),
@@ -281,9 +283,10 @@ impl Session {
         self.backing != Backing::Private
     }
 
-    /// Calls `look` with the descriptor that polls readable when faults wait; `None` once the session is over.
-    pub fn with_descriptor<R>(&self, look: impl FnOnce(BorrowedFd<'_>) -> R) -> Option<R> {
-        self.briefly(|core| look(core.delivery.descriptor()))
+    /// Calls `look` with each descriptor that polls readable when faults wait, until it answers no; not at all once the session is
+    /// over. Whether it never answered no.
+    pub fn with_descriptors(&self, look: impl FnMut(BorrowedFd<'_>) -> bool) -> bool {
+        self.briefly(|core| core.deliveries.descriptors().all(look)).unwrap_or(true)
     }
 
     /// Calls `look` with the socket of the handshake; `None` where there is none, or the session is over.
@@ -310,11 +313,11 @@ impl Session {
     }
 
     /// Takes the session down: every descriptor and mapping that it held is gone when this returns. `before` sees the
-    /// delivery's descriptor while it still is open.
-    pub fn take_down(&self, before: impl FnOnce(BorrowedFd<'_>)) {
+    /// deliveries' descriptors while they still are open.
+    pub fn take_down(&self, before: impl FnMut(BorrowedFd<'_>)) {
         let core = self.gate.enter().take();
         if let Some(core) = core {
-            before(core.delivery.descriptor());
+            core.deliveries.descriptors().for_each(before);
         }
         self.process.lock().unwrap_or_else(PoisonError::into_inner).take();
     }

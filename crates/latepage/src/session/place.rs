@@ -10,6 +10,7 @@ use super::answer::vouched;
 use super::report::{End, Report};
 use super::steps::Steps;
 use super::{Core, Session};
+use crate::attachment::Backing;
 use crate::install::{Install, Outcome, Stop, ZEROS};
 use crate::memory::{Layout, PageState};
 use crate::source::Answer;
@@ -198,7 +199,7 @@ impl Session {
             self.paid(1);
         }
         self.pages.settle(page);
-        core.delivery.release(&self.layout, page..page + 1);
+        core.deliveries.release(&self.layout, page..page + 1);
         self.released(core, &(page..page + 1), demand, PageClass::Resident);
     }
 
@@ -216,7 +217,7 @@ impl Session {
                     core.waiting.park(page, wait.since);
                     if core.waiting.is_patient() {
                         // Should a huge page be there after all, put in place by the VMM itself, this releases who waits.
-                        core.delivery.release(&self.layout, page..page + 1);
+                        core.deliveries.release(&self.layout, page..page + 1);
                     }
                 }
             }
@@ -224,7 +225,7 @@ impl Session {
             // looks again.
             (Stop::Unmapped, _) => {
                 self.removed(run.start..run.start + 1, Instant::now());
-                core.delivery.release(&self.layout, run.start..run.start + 1);
+                core.deliveries.release(&self.layout, run.start..run.start + 1);
                 let gone = demand.map(|(page, wait)| (page, Wait { result: FaultResult::Discarded, ..wait }));
                 self.released(core, &(run.start..run.start + 1), gone, PageClass::Unknown);
             }
@@ -246,6 +247,7 @@ impl Session {
                 self.stats.counters.bytes_installed.add(self.unit(page) as u64);
                 self.stats.trace.record(page..page + 1, Reason::Cleared, self.now_ns(Instant::now()));
                 self.cleared(page);
+                core.deliveries.installed(&self.layout, page..page + 1);
                 self.released(core, &(page..page + 1), Some((page, wait)), PageClass::Zero);
             }
             Some(Stop::AlreadyThere) => {
@@ -263,7 +265,7 @@ impl Session {
     /// A page of private memory stays removed for good: should it be taken away once more without a word, CONTINUE would bring
     /// back the snapshot that its file still holds.
     fn cleared(&self, page: u32) {
-        if self.may_detach() {
+        if self.backing != Backing::Private {
             self.pages.settle(page);
         } else {
             self.pages.abandon(page);
@@ -271,10 +273,10 @@ impl Session {
     }
 
     fn expose_removed(&self, core: &mut Core, page: u32, wait: Wait) {
-        if self.may_detach() {
+        if self.backing != Backing::Private {
             self.expose(core, page..page + 1, Some((page, wait)), PageClass::Resident);
         } else {
-            core.delivery.release(&self.layout, page..page + 1);
+            core.deliveries.release(&self.layout, page..page + 1);
             self.released(core, &(page..page + 1), Some((page, wait)), PageClass::Resident);
         }
     }
@@ -290,9 +292,11 @@ impl Session {
         let mut steps = Steps::new(run.clone());
         while let Some(step) = steps.next() {
             let outcome = core.install.expose(&self.layout, step.clone());
-            for page in step.start..step.start + outcome.pages {
+            let seen = step.start..step.start + outcome.pages;
+            for page in seen.clone() {
                 self.pages.settle(page);
             }
+            core.deliveries.installed(&self.layout, seen);
             match steps.after(outcome) {
                 None => {}
                 // Counted with the whole run, below.
@@ -338,6 +342,7 @@ impl Session {
         for page in run.clone() {
             self.pages.settle(page);
         }
+        core.deliveries.installed(&self.layout, run.clone());
         self.paid(u64::from(run.end - run.start));
         // Looked at once: a clock costs as much as all the counting.
         let now = Instant::now();

@@ -103,7 +103,7 @@ impl Session {
         let (mut more, mut removed, mut served) = (false, 0u32, 0);
         for _ in 0..BATCHES {
             self.stats.counters.reads.add(1);
-            if core.delivery.take(&self.layout, &mut scratch.batch).is_err() {
+            if core.deliveries.take(&self.layout, &mut scratch.batch).is_err() {
                 self.finish(End::Gone);
                 return Served::NOTHING;
             }
@@ -188,7 +188,7 @@ impl Session {
         if fault.flags.contains(FaultFlags::WP) {
             // Nothing of ours protects pages yet: whoever did, the write may go on.
             core.install.unprotect(&self.layout, page);
-            core.delivery.release(&self.layout, page..page + 1);
+            core.deliveries.release(&self.layout, page..page + 1);
             return;
         }
         match self.pages.claim(page) {

@@ -13,6 +13,7 @@ use rustix::io::Errno;
 
 use super::around::Around;
 use super::batch::Fresh;
+use super::deliveries::Deliveries;
 use super::gate::Gate;
 use super::waiting::WaitingRoom;
 use super::{Action, Core, End, FaultAround, Host, LetGo, OnMissing, Peer, Policy, Report, Scratch, Session};
@@ -186,8 +187,6 @@ struct Told {
 
 impl Delivery for Told {
     fn take(&mut self, _: &Layout, batch: &mut Batch) -> Result<(), DeliveryError> {
-        batch.removed.clear();
-        batch.faults.clear();
         if let Some((removed, pages)) = self.batches.lock().unwrap().pop_front() {
             batch.removed = removed;
             let fault = |page| Fault { page, flags: FaultFlags::empty(), thread: 0 };
@@ -196,7 +195,7 @@ impl Delivery for Told {
         Ok(())
     }
 
-    fn release(&self, _: &Layout, pages: Range<u32>) {
+    fn release(&mut self, _: &Layout, pages: Range<u32>) {
         self.log.lock().unwrap().push(format!("release {pages:?}"));
     }
 
@@ -364,7 +363,7 @@ impl Staged {
         };
         let install = Obedient { stops: Arc::clone(&stops), log: Arc::clone(&log) };
         *session.gate.enter() = Some(Core {
-            delivery: Box::new(delivery),
+            deliveries: Deliveries::new(vec![Box::new(delivery)]),
             install: Box::new(install),
             waiting: WaitingRoom::new(8),
             around: Around::new(),
@@ -548,4 +547,55 @@ fn each_wait_that_is_over_counts_once_by_what_it_met_and_what_came_of_it() {
     assert_eq!(counted, expected);
     // Nobody was released from the page that failed.
     assert_eq!(snapshot.latency.count, 6);
+}
+
+#[test]
+fn a_page_that_comes_releases_who_waits_at_any_delivery() {
+    /// One at which nobody posts: what it is told.
+    struct Beside(Log, std::fs::File);
+
+    impl Delivery for Beside {
+        fn take(&mut self, _: &Layout, _: &mut Batch) -> Result<(), DeliveryError> {
+            Ok(())
+        }
+
+        fn release(&mut self, _: &Layout, pages: Range<u32>) {
+            self.0.lock().unwrap().push(format!("beside: release {pages:?}"));
+        }
+
+        fn installed(&mut self, _: &Layout, pages: Range<u32>) {
+            self.0.lock().unwrap().push(format!("beside: installed {pages:?}"));
+        }
+
+        fn failed(&mut self, _: &Layout, pages: Range<u32>) {
+            self.0.lock().unwrap().push(format!("beside: failed {pages:?}"));
+        }
+
+        fn descriptor(&self) -> BorrowedFd<'_> {
+            self.1.as_fd()
+        }
+    }
+
+    let Some(mut staged) = Staged::new(OnMissing::Poison) else { return };
+    let beside = || Beside(Arc::clone(&staged.log), std::fs::File::open("/dev/null").unwrap());
+    let first = Told {
+        batches: Arc::clone(&staged.batches),
+        log: Arc::clone(&staged.log),
+        descriptor: std::fs::File::open("/dev/null").unwrap(),
+    };
+    let both = Deliveries::new(vec![Box::new(beside()), Box::new(first)]);
+    staged.session.gate.enter().as_mut().unwrap().deliveries = both;
+    assert_eq!(staged.serve(&[], &[1], &[]), ["fill 1..2", "beside: installed 1..2"]);
+    assert_eq!(staged.serve(&[2..3], &[2], &[]), ["zero 2..3", "beside: installed 2..3"]);
+    let there = ["fill 3..4", "beside: release 3..4", "release 3..4"];
+    assert_eq!(staged.serve(&[], &[3], &[Stop::AlreadyThere]), there);
+    assert_eq!(staged.serve(&[], &[1], &[]), ["expose 1..2", "beside: installed 1..2"]);
+    let told = staged.serve(&[], &[6], &[]);
+    assert_eq!(told, ["poison 6..7", "beside: failed 6..7", "failed Some(6) poisoned"]);
+    let mut descriptors = 0;
+    assert!(staged.session.with_descriptors(|_| {
+        descriptors += 1;
+        true
+    }));
+    assert_eq!(descriptors, 2);
 }

@@ -1,7 +1,8 @@
 //! The channel: shared memory through which a VMM's threads post faults and wait for pages. `docs/channel.md` is its description.
 //!
 //! The VMM makes a [`Channel`] and hands its two descriptors to the pager. Each thread that may fault takes a [`Seat`] at a slot of
-//! its own. The pager [`attach`]es, takes what was posted, and completes it.
+//! its own. The pager [`attach`]es, takes what was posted, and completes it; a
+//! [`ChannelDelivery`] does so for a session.
 //!
 //! ```
 //! use std::os::fd::AsFd;
@@ -25,6 +26,7 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+mod delivery;
 mod memory;
 mod protocol;
 #[cfg(test)]
@@ -34,6 +36,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+pub use delivery::ChannelDelivery;
 pub use memory::{AttachError, ChannelMemory, MakeError, attach};
 pub use protocol::{
     BadHeader, BadShape, Completion, Header, LINE, MOST_SLOTS, Pending, Reader, Request, Shape, Shared,
