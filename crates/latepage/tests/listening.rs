@@ -404,7 +404,7 @@ fn fill_up(left: usize) -> Vec<std::fs::File> {
 fn a_vm_that_comes_when_there_is_no_room_for_its_descriptors_waits_until_there_is() {
     need_userfaultfd!();
     alone("a_vm_that_comes_when_there_is_no_room_for_its_descriptors_waits_until_there_is", || {
-        for left in 0..8 {
+        for left in 0..14 {
             let mut serving = Serving::new(snapshot(64), Policy::default());
             let mut vm = Vmm::start();
             vm.tell("guest anonymous 64");
@@ -457,7 +457,7 @@ fn a_peer_that_sends_more_descriptors_than_there_is_room_for_is_refused() {
         let fill = fill_up(20);
         latepage::sys::fdpass::send(&stream, b"[", &many).unwrap();
         let (reason, _) = serving.refused();
-        assert!(reason.contains("no handshake has more than 2"), "{reason}");
+        assert!(reason.contains("no handshake has more than 5"), "{reason}");
         drop(fill);
     });
 }

@@ -11,7 +11,7 @@ use std::thread::{self, JoinHandle};
 use latepage::attachment::{Fed, Hello, Incoming};
 use latepage::sys::fdpass;
 use latepage::sys::mapping::Mapping;
-use latepage::sys::uffd::{InstallMode, Message, MessageBuffer};
+use latepage::sys::uffd::{InstallMode, Message, MessageBuffer, Userfaultfd};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
@@ -67,13 +67,13 @@ fn serve(listener: &UnixListener, contents: &[u8], manner: Manner, wait: &mpsc::
         hello.memory.as_ref().map(|memory| Mapping::shared(memory.as_fd(), 0, contents.len()).unwrap());
     let (mut removed, mut parked, mut buffer) = (BTreeSet::new(), BTreeSet::new(), MessageBuffer::new(64));
     loop {
-        let mut set = [PollFd::new(&hello.userfaultfd, PollFlags::IN), PollFd::new(&socket, PollFlags::IN)];
+        let mut set = [PollFd::new(uffd(&hello), PollFlags::IN), PollFd::new(&socket, PollFlags::IN)];
         let timeout = (!parked.is_empty()).then_some(Timespec { tv_sec: 0, tv_nsec: 1_000_000 });
         poll(&mut set, timeout.as_ref()).unwrap();
         if !set[1].revents().is_empty() {
             return hello;
         }
-        hello.userfaultfd.read(&mut buffer).unwrap();
+        uffd(&hello).read(&mut buffer).unwrap();
         for message in buffer.drain() {
             match message {
                 Message::PageFault { address, .. } => {
@@ -89,6 +89,10 @@ fn serve(listener: &UnixListener, contents: &[u8], manner: Manner, wait: &mpsc::
             !resolve(&hello, contents, install.as_ref(), manner, *page, removed.contains(page))
         });
     }
+}
+
+fn uffd(hello: &Hello) -> &Userfaultfd {
+    hello.userfaultfd.as_ref().expect("a VM of these tests sends one")
 }
 
 /// Whether the page is there now.
@@ -107,18 +111,18 @@ fn resolve(
     let mode = InstallMode::empty();
     let installed = match install {
         _ if manner == Manner::Poison && place.offset >= 2 << 20 => {
-            hello.userfaultfd.poison(place.hva, bytes as u64, mode)
+            uffd(hello).poison(place.hva, bytes as u64, mode)
         }
         Some(install) if !removed => {
             install.write(place.offset as usize, snapshot);
-            hello.userfaultfd.continue_(place.hva, bytes as u64, mode)
+            uffd(hello).continue_(place.hva, bytes as u64, mode)
         }
-        _ => hello.userfaultfd.copy(place.hva, if removed { &zeros } else { snapshot }, mode),
+        _ => uffd(hello).copy(place.hva, if removed { &zeros } else { snapshot }, mode),
     };
     match installed.stopped {
         None => true,
         Some(Errno::EXIST) => {
-            hello.userfaultfd.wake(place.hva, bytes as u64).unwrap();
+            uffd(hello).wake(place.hva, bytes as u64).unwrap();
             true
         }
         Some(Errno::AGAIN) => false,

@@ -1,14 +1,13 @@
 //! One connection's handshake, as it arrives.
 
-use std::fs;
 use std::mem;
-use std::os::fd::{AsRawFd, OwnedFd};
-
-use rustix::fs::OFlags;
+use std::os::fd::OwnedFd;
 
 use crate::memory::Layout;
 use crate::sys::uffd::Userfaultfd;
 
+use super::assemble::{Parts, put_together};
+use super::places::Places;
 use super::refusal::{Refusal, RefusalReason, Rejected};
 use super::scan::Scanner;
 use super::{Form, Hello, firecracker, native};
@@ -16,8 +15,8 @@ use super::{Form, Hello, firecracker, native};
 /// The longest handshake, in bytes.
 pub const MAX_BODY: usize = 1 << 20;
 
-/// The most descriptors that a handshake has: the userfaultfd and the memory file.
-pub const MAX_DESCRIPTORS: usize = 2;
+/// The most descriptors that a handshake has: a channel, its eventfd, the memory file, a bitmap and a userfaultfd.
+pub const MAX_DESCRIPTORS: usize = 5;
 
 /// The deepest nesting of a handshake's JSON. The forms need three; keys that we ignore may need some.
 pub const MAX_NESTING: usize = 32;
@@ -66,7 +65,7 @@ impl Announced {
     fn descriptors(&self) -> usize {
         match self {
             Self::Firecracker(_) => 1,
-            Self::Latepage(announcement) => announcement.descriptors(),
+            Self::Latepage(announcement) => announcement.places.count(),
         }
     }
 
@@ -175,43 +174,34 @@ impl Incoming {
         let Some(announced) = &self.announced else {
             unreachable!("the descriptors were counted against the document")
         };
-        let (place, memory_place) = match announced {
-            Announced::Firecracker(_) => (0, None),
-            Announced::Latepage(announcement) => (announcement.userfaultfd, announcement.memory),
+        let (places, layout, vcpus) = match announced {
+            Announced::Firecracker(layout) => (Places::USERFAULTFD, layout, 1),
+            Announced::Latepage(announcement) => {
+                (announcement.places, &announcement.layout, announcement.vcpus)
+            }
         };
-        if let (Some(memory), Announced::Latepage(announcement)) = (memory_place, announced) {
-            native::check_memory(&self.descriptors[memory], &announcement.layout)?;
-        }
-        let (what, flags) =
-            (describe(&self.descriptors[place]), rustix::fs::fcntl_getfl(&self.descriptors[place]));
-        let userfaultfd = match Userfaultfd::from_fd(self.descriptors.remove(place)) {
-            Ok(userfaultfd) => userfaultfd,
-            Err(_closed) => return Err(RefusalReason::NotUserfaultfd { position: place, what }.into()),
-        };
-        if !flags.is_ok_and(|flags| flags.contains(OFlags::NONBLOCK)) {
-            // Kept with the rest: its place no longer matters.
-            self.descriptors.push(userfaultfd.into());
-            return Err(RefusalReason::Blocking { position: place }.into());
-        }
-        let memory = memory_place.and_then(|_| self.descriptors.pop());
+        let Parts { userfaultfd, memory, notify } =
+            put_together(&mut self.descriptors, places, layout, vcpus)?;
         Ok(match self.announced.take().expect("looked at above") {
             Announced::Firecracker(layout) => Hello {
                 form: Form::Firecracker,
                 name: None,
-                vcpus: 1,
+                vcpus,
                 backing: firecracker::backing(&layout),
                 layout,
                 userfaultfd,
                 memory,
+                notify,
             },
             Announced::Latepage(announcement) => Hello {
                 form: Form::Latepage,
                 name: announcement.name,
-                vcpus: announcement.vcpus,
+                vcpus,
                 backing: announcement.backing,
                 layout: announcement.layout,
                 userfaultfd,
                 memory,
+                notify,
             },
         })
     }
@@ -237,13 +227,5 @@ impl Incoming {
                 .map(|layout| *layout)
                 .or_else(|| self.announced.take().map(Announced::into_layout)),
         }
-    }
-}
-
-/// What a descriptor is, for people: a path, `socket:[123]`, `anon_inode:[eventpoll]`.
-fn describe(fd: &OwnedFd) -> String {
-    match fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())) {
-        Ok(link) => super::refusal::one_line(&link.to_string_lossy()),
-        Err(_) => "unknown".to_owned(),
     }
 }

@@ -7,9 +7,11 @@
 //! Everything here was said by a stranger: nothing in it is trusted, and a [`Refusal`] keeps the userfaultfd that came with
 //! a handshake, since to close it while its VM lives would let the VM's waiting accesses through to zero pages.
 
+mod assemble;
 pub mod firecracker;
 mod incoming;
 pub mod native;
+mod places;
 mod refusal;
 mod scan;
 #[cfg(test)]
@@ -21,6 +23,8 @@ pub use self::refusal::{Refusal, RefusalReason};
 use std::fmt;
 use std::os::fd::OwnedFd;
 
+use crate::delivery::channel::{ChannelMemory, Reader};
+use crate::install::PageBitmap;
 use crate::memory::Layout;
 use crate::sys::uffd::Userfaultfd;
 
@@ -59,10 +63,21 @@ pub struct Hello {
     pub backing: Backing,
     /// Where its memory lies.
     pub layout: Layout,
-    /// Its faults.
-    pub userfaultfd: Userfaultfd,
+    /// Its faults, or those of them that no channel carries. There is one, or a channel.
+    pub userfaultfd: Option<Userfaultfd>,
     /// The file that its memory is a mapping of, sealed against shrinking and long enough for every region's offset.
     pub memory: Option<OwnedFd>,
+    /// The channel that its faults are posted to. There is `memory`, then.
+    pub notify: Option<Notify>,
+}
+
+/// What comes with the delivery `notify`.
+#[derive(Debug)]
+pub struct Notify {
+    /// The channel, of which this process is the reader.
+    pub reader: Reader<ChannelMemory>,
+    /// A bit for each page that traps, if the pager is to clear them.
+    pub bitmap: Option<PageBitmap>,
 }
 
 impl Form {

@@ -10,6 +10,7 @@ use crate::memory::{Layout, PageSize, Region};
 use crate::sys::memfd;
 
 use super::firecracker::page_size;
+use super::places::{BITMAP, CHANNEL, EVENTFD, MEMORY, Places, USERFAULTFD, Way};
 use super::refusal::{RefusalReason, Rejected, one_line};
 use super::{Backing, Form};
 
@@ -21,10 +22,6 @@ pub const MAX_NAME: usize = 64;
 
 /// The most virtual CPUs of a VM (KVM on x86_64 has at most 4096: CONFIG_KVM_MAX_NR_VCPUS).
 pub const MAX_VCPUS: u32 = 4096;
-
-const DELIVERY: &str = "uffd";
-const USERFAULTFD: &str = "userfaultfd";
-const MEMORY: &str = "memory";
 
 /// The document. Values that are words are checked after the parser, which could not name the ones that are known.
 #[derive(Debug, Serialize, Deserialize)]
@@ -87,17 +84,41 @@ pub struct Introduction<'a> {
 /// # Ok::<(), latepage::memory::LayoutError>(())
 /// ```
 pub fn message(introduction: &Introduction<'_>) -> String {
-    let mut descriptors = vec![USERFAULTFD.to_owned()];
-    if introduction.memory {
-        descriptors.push(MEMORY.to_owned());
-    }
+    let kinds = [USERFAULTFD, MEMORY];
+    let kinds = &kinds[..if introduction.memory { 2 } else { 1 }];
+    written(introduction, Way::Uffd, kinds)
+}
+
+/// The message for a VM whose threads post their faults to a channel. With it go, in one sendmsg(2): the channel's two descriptors, the
+/// memory file, then, if announced, the bitmap whose bits the pager clears, and a userfaultfd for what no channel carries.
+///
+/// ```
+/// use latepage::attachment::{Backing, native};
+/// use latepage::memory::{Layout, PageSize, Region};
+///
+/// let layout = Layout::new(vec![Region { gpa: Some(0), hva: 0x7f00_0000_0000, size: 4096, offset: 0, page_size: PageSize::Small }])?;
+/// let introduction =
+///     native::Introduction { name: None, vcpus: 2, backing: Backing::Shared, memory: true, layout: &layout };
+/// let message = native::message_with_channel(&introduction, true, false);
+/// assert!(message.contains(r#""delivery":"notify""#));
+/// assert!(message.contains(r#""descriptors":["channel","eventfd","memory","bitmap"]"#));
+/// # Ok::<(), latepage::memory::LayoutError>(())
+/// ```
+pub fn message_with_channel(introduction: &Introduction<'_>, bitmap: bool, userfaultfd: bool) -> String {
+    let mut kinds = vec![CHANNEL, EVENTFD, MEMORY];
+    kinds.extend(bitmap.then_some(BITMAP));
+    kinds.extend(userfaultfd.then_some(USERFAULTFD));
+    written(introduction, Way::Notify, &kinds)
+}
+
+fn written(introduction: &Introduction<'_>, way: Way, kinds: &[usize]) -> String {
     let document = Document {
         version: VERSION,
-        delivery: DELIVERY.to_owned(),
+        delivery: way.name().to_owned(),
         vcpus: introduction.vcpus,
         name: introduction.name.map(str::to_owned),
         backing: Some(introduction.backing.name().to_owned()),
-        descriptors,
+        descriptors: Places::names(kinds),
         regions: introduction.layout.regions().iter().map(RegionEntry::from).collect(),
     };
     serde_json::to_string(&document).expect("strings and numbers always serialize")
@@ -110,17 +131,8 @@ pub(super) struct Announcement {
     pub(super) vcpus: u32,
     pub(super) backing: Backing,
     pub(super) layout: Layout,
-    /// Its place among the descriptors.
-    pub(super) userfaultfd: usize,
-    /// Its place among the descriptors, if it is one of them.
-    pub(super) memory: Option<usize>,
-}
-
-impl Announcement {
-    /// How many descriptors come with it.
-    pub(super) fn descriptors(&self) -> usize {
-        1 + usize::from(self.memory.is_some())
-    }
+    /// Which descriptors come with it.
+    pub(super) places: Places,
 }
 
 /// Reads the document, once it is whole.
@@ -139,23 +151,18 @@ pub(super) fn parse(body: &[u8]) -> Result<Announcement, Rejected> {
     let regions = document.regions.iter().map(RegionEntry::region).collect::<Result<_, _>>()?;
     let layout = Layout::new(regions).map_err(RefusalReason::from)?;
     match check(&document, &layout) {
-        Ok((backing, userfaultfd, memory)) => Ok(Announcement {
-            name: document.name,
-            vcpus: document.vcpus,
-            backing,
-            layout,
-            userfaultfd,
-            memory,
-        }),
+        Ok((backing, places)) => {
+            Ok(Announcement { name: document.name, vcpus: document.vcpus, backing, layout, places })
+        }
         Err(reason) => Err(Rejected { reason, layout: Some(Box::new(layout)) }),
     }
 }
 
 /// Checks all but the regions: yields the backing and the places of the descriptors.
-fn check(document: &Document, layout: &Layout) -> Result<(Backing, usize, Option<usize>), RefusalReason> {
-    if document.delivery != DELIVERY {
-        return Err(unknown("delivery", &document.delivery, "\"uffd\" is"));
-    }
+fn check(document: &Document, layout: &Layout) -> Result<(Backing, Places), RefusalReason> {
+    let Some(way) = Way::from_name(&document.delivery) else {
+        return Err(unknown("delivery", &document.delivery, "\"uffd\" and \"notify\" are"));
+    };
     if !(1..=MAX_VCPUS).contains(&document.vcpus) {
         return Err(RefusalReason::Value {
             key: "vcpus",
@@ -166,39 +173,25 @@ fn check(document: &Document, layout: &Layout) -> Result<(Backing, usize, Option
     if let Some(name) = document.name.as_deref().filter(|name| !is_name(name)) {
         return Err(unknown("name", name, "1 to 64 of A-Z a-z 0-9 . _ - are"));
     }
-    let (userfaultfd, memory) = places(&document.descriptors)?;
+    let places = Places::read(way, &document.descriptors)?;
+    let memory = places.of(MEMORY).is_some();
     let backing = match document.backing.as_deref() {
-        None => implied(layout, memory.is_some()),
+        None => implied(layout, memory),
         Some(name) => Backing::from_name(name).ok_or_else(|| {
             unknown("backing", name, "\"anonymous\", \"private\", \"shared\" and \"hugetlb\" are")
         })?,
     };
-    check_backing(backing, layout, memory.is_some())?;
-    Ok((backing, userfaultfd, memory))
+    check_backing(backing, layout, memory)?;
+    if way == Way::Notify && backing != Backing::Shared {
+        let why = "does not go with delivery \"notify\": pages are filled through the memory file, and must show in \"shared\" mappings of it";
+        return Err(RefusalReason::Backing { backing, why });
+    }
+    Ok((backing, places))
 }
 
 fn is_name(name: &str) -> bool {
     let known = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-');
     (1..=MAX_NAME).contains(&name.len()) && name.bytes().all(known)
-}
-
-/// The places of the userfaultfd and of the memory file among the descriptors.
-fn places(descriptors: &[String]) -> Result<(usize, Option<usize>), RefusalReason> {
-    let (mut userfaultfd, mut memory) = (None, None);
-    for (place, name) in descriptors.iter().enumerate() {
-        let known = match name.as_str() {
-            USERFAULTFD => &mut userfaultfd,
-            MEMORY => &mut memory,
-            other => return Err(unknown("descriptors", other, "\"userfaultfd\" and \"memory\" are")),
-        };
-        if known.replace(place).is_some() {
-            return Err(RefusalReason::DescriptorList { list: one_line(&format!("{descriptors:?}")) });
-        }
-    }
-    match userfaultfd {
-        Some(place) => Ok((place, memory)),
-        None => Err(RefusalReason::DescriptorList { list: format!("{descriptors:?}") }),
-    }
 }
 
 /// What the memory is made of where the VMM does not say.

@@ -1,5 +1,7 @@
 //! Why a peer is refused, and what is kept of it.
 
+use crate::delivery::channel::AttachError;
+use crate::install::BitmapError;
 use crate::memory::{Layout, LayoutError};
 use crate::source::SourceError;
 use crate::sys::mapping::MapError;
@@ -91,11 +93,13 @@ pub enum RefusalReason {
         /// What could be said.
         known: &'static str,
     },
-    /// The same descriptor was announced twice, or the userfaultfd not at all.
-    #[error("handshake: descriptors {list}: there must be one \"userfaultfd\", and no other twice")]
+    /// The same descriptor was announced twice, or one that there must be not at all.
+    #[error("handshake: descriptors {list}: {rule}")]
     DescriptorList {
         /// What was said.
         list: String,
+        /// What there must be.
+        rule: &'static str,
     },
     /// Backing, page sizes and descriptors do not go together.
     #[error("handshake: backing \"{backing}\" {why}")]
@@ -155,6 +159,15 @@ pub enum RefusalReason {
         "the memory descriptor cannot be written: open it for reading and writing, and leave F_SEAL_WRITE and F_SEAL_FUTURE_WRITE away"
     )]
     MemoryNotWritable,
+    /// The channel is none, or cannot be trusted, or read.
+    #[error("the channel descriptor: {0}")]
+    Channel(#[from] AttachError),
+    /// The bitmap is none, or cannot be trusted.
+    #[error("the bitmap descriptor: {0}")]
+    Bitmap(#[from] BitmapError),
+    /// The eventfd could not be kept.
+    #[error("the eventfd descriptor could not be duplicated: {0}")]
+    Copy(String),
     /// The memory file cannot be mapped here.
     #[error("the memory descriptor cannot be mapped: {0}")]
     Mapping(#[from] MapError),

@@ -549,8 +549,11 @@ impl Shared {
             false => listener.source.admit(&hello.layout).err().map(RefusalReason::from),
         };
         if let Some(reason) = reason {
-            let refusal =
-                Refusal { reason, userfaultfds: vec![hello.userfaultfd], layout: Some(hello.layout) };
+            let refusal = Refusal {
+                reason,
+                userfaultfds: hello.userfaultfd.into_iter().collect(),
+                layout: Some(hello.layout),
+            };
             return Some((refusal, socket, process, Some(name)));
         }
         hello.name = Some(name);
@@ -562,7 +565,8 @@ impl Shared {
             Err(failed) => {
                 let failed = *failed;
                 let reason = RefusalReason::Mapping(failed.error);
-                let refusal = Refusal { reason, userfaultfds: vec![failed.userfaultfd], layout: None };
+                let refusal =
+                    Refusal { reason, userfaultfds: failed.userfaultfd.into_iter().collect(), layout: None };
                 let socket = failed.peer.socket.expect("it was given above");
                 return Some((refusal, socket, failed.peer.process, failed.name));
             }
@@ -647,8 +651,7 @@ impl Shared {
 
     /// A full session is not needed any more, unless its memory must stay registered.
     fn let_go(&self, session: &Session) {
-        if !session.may_detach() {
-            let reason = "its memory is a private mapping of a file: unregistered, a range that it discards would show the file again";
+        if let Some(reason) = session.kept_because() {
             return self.events.emit(What::WaitingFor { vm: session.name().to_owned(), reason });
         }
         if let Some(session) = self.sessions().live.get(&session.id()) {

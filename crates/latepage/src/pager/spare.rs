@@ -5,8 +5,8 @@ use std::os::fd::OwnedFd;
 use rustix::event::EventfdFlags;
 use rustix::io::Errno;
 
-/// More than a good handshake brings.
-const KEPT: usize = 4;
+/// More than a good handshake brings, and than is opened to look at it.
+const KEPT: usize = 10;
 
 /// Places in this process's table of descriptors.
 #[derive(Debug, Default)]

@@ -325,6 +325,9 @@ impl Thread {
     /// another process may own it, and old VMMs close the socket at once.
     fn suspect(&mut self, at: At, kind: u64) {
         let Some(slot) = self.slot(at) else { return };
+        if kind == SOCKET && slot.session.ends_with_its_socket() {
+            return slot.session.finish(crate::session::End::Gone);
+        }
         let closed_but_alive = kind == SOCKET && slot.session.with_process(PidFd::has_ended) == Some(false);
         if closed_but_alive || !slot.session.check_alive() {
             return;

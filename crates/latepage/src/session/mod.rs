@@ -26,9 +26,10 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Instant;
 
-use crate::attachment::{Backing, Form, Hello};
-use crate::delivery::{Batch, UffdDelivery};
-use crate::install::{CopyInstall, Install, MinorInstall};
+use crate::attachment::{Backing, Form, Hello, Notify};
+use crate::delivery::channel::ChannelDelivery;
+use crate::delivery::{Batch, Delivery, UffdDelivery};
+use crate::install::{BitmapInstall, CopyInstall, FillInstall, Install, InstallView, MinorInstall};
 use crate::memory::{Layout, Pages};
 use crate::source::Source;
 use crate::stats::Stats;
@@ -107,7 +108,7 @@ pub struct NotMade {
     /// Why.
     pub error: MapError,
     /// The VM's.
-    pub userfaultfd: Userfaultfd,
+    pub userfaultfd: Option<Userfaultfd>,
     /// Who it was for.
     pub peer: Peer,
     /// The name that it gave.
@@ -121,6 +122,10 @@ pub struct Session {
     pid: Option<u32>,
     form: Form,
     backing: Backing,
+    /// Whether its threads post to a channel.
+    posts: bool,
+    /// Whether nothing but its process and its socket tells that it lives.
+    by_socket: bool,
     vcpus: u32,
     layout: Layout,
     policy: Policy,
@@ -143,6 +148,9 @@ impl Session {
     ///
     /// # Errors
     /// [`NotMade`], with everything that must be kept, where its memory cannot be mapped a second time.
+    ///
+    /// # Panics
+    /// Where `hello` has neither a userfaultfd nor a channel with its memory, as no handshake has.
     pub fn new(
         id: u64,
         hello: Hello,
@@ -151,16 +159,13 @@ impl Session {
         policy: Policy,
         host: Arc<dyn Host>,
     ) -> Result<Arc<Self>, Box<NotMade>> {
-        let Hello { form, name, vcpus, backing, layout, userfaultfd, memory } = hello;
-        let view = match memory.map(|memory| MinorInstall::map(&memory, &layout)).transpose() {
+        let Hello { form, name, vcpus, backing, layout, userfaultfd, memory, notify } = hello;
+        let view = match memory.map(|memory| InstallView::map(&memory, &layout)).transpose() {
             Ok(view) => view,
             Err(error) => return Err(Box::new(NotMade { error, userfaultfd, peer, name })),
         };
-        let uffd = Arc::new(userfaultfd);
-        let install: Box<dyn Install> = match view {
-            Some(view) => Box::new(MinorInstall::new(Arc::clone(&uffd), view)),
-            None => Box::new(CopyInstall::new(Arc::clone(&uffd))),
-        };
+        let (posts, by_socket) = (notify.is_some(), userfaultfd.is_none());
+        let (install, deliveries) = ways(userfaultfd, view, notify);
         let name = name.unwrap_or_else(|| match peer.pid {
             Some(pid) => format!("vm-{pid}"),
             None => format!("session-{id}"),
@@ -171,6 +176,8 @@ impl Session {
             pid: peer.pid,
             form,
             backing,
+            posts,
+            by_socket,
             vcpus,
             pages: Pages::new(layout.pages()),
             owed: AtomicU64::new(u64::from(layout.pages())),
@@ -184,7 +191,7 @@ impl Session {
             process: Mutex::new(peer.process),
             end: OnceLock::new(),
             gate: Gate::new(Some(Core {
-                deliveries: Deliveries::new(vec![Box::new(UffdDelivery::new(uffd))]),
+                deliveries,
                 install,
                 waiting: WaitingRoom::new(vcpus as usize + 8),
                 around: Around::new(),
@@ -276,11 +283,28 @@ impl Session {
         self.process.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(look)
     }
 
-    /// Whether its memory may be unregistered while the VM lives.
-    ///
-    /// Private memory of a file may not: a range that the VM discards afterwards would show the file's page again.
+    /// Whether its VM may be let go while it lives.
     pub fn may_detach(&self) -> bool {
-        self.backing != Backing::Private
+        self.kept_because().is_none()
+    }
+
+    /// Whether it is over once the socket of its handshake is closed at the other end: there is no userfaultfd, which alone would tell
+    /// that the memory lives on.
+    pub fn ends_with_its_socket(&self) -> bool {
+        self.by_socket
+    }
+
+    /// Why its VM must be served as long as it lives, even if it lacks nothing; `None` where it may be let go.
+    pub fn kept_because(&self) -> Option<&'static str> {
+        if self.posts {
+            Some("its threads post to a channel, and would wait for ever once nobody reads it")
+        } else if self.backing == Backing::Private {
+            Some(
+                "its memory is a private mapping of a file: unregistered, a range that it discards would show the file again",
+            )
+        } else {
+            None
+        }
     }
 
     /// Calls `look` with each descriptor that polls readable when faults wait, until it answers no; not at all once the session is
@@ -325,6 +349,30 @@ impl Session {
     fn now_ns(&self, now: Instant) -> u64 {
         now.saturating_duration_since(self.started).as_nanos() as u64
     }
+}
+
+/// How pages come into a VM, and how its faults come here, by what it handed over.
+fn ways(
+    userfaultfd: Option<Userfaultfd>,
+    view: Option<InstallView>,
+    notify: Option<Notify>,
+) -> (Box<dyn Install>, Deliveries) {
+    let uffd = userfaultfd.map(Arc::new);
+    let install: Box<dyn Install> = match (&uffd, view) {
+        (Some(uffd), Some(view)) => Box::new(MinorInstall::new(Arc::clone(uffd), view)),
+        (Some(uffd), None) => Box::new(CopyInstall::new(Arc::clone(uffd))),
+        (None, Some(view)) => Box::new(FillInstall::new(view)),
+        (None, None) => panic!("a VM that handed over neither a userfaultfd nor its memory"),
+    };
+    let mut deliveries: Vec<Box<dyn Delivery>> = Vec::new();
+    deliveries.extend(uffd.map(|uffd| Box::new(UffdDelivery::new(uffd)) as Box<dyn Delivery>));
+    let Some(Notify { reader, bitmap }) = notify else { return (install, Deliveries::new(deliveries)) };
+    deliveries.push(Box::new(ChannelDelivery::new(reader)));
+    let install = match bitmap {
+        Some(bitmap) => Box::new(BitmapInstall::new(install, bitmap)),
+        None => install,
+    };
+    (install, Deliveries::new(deliveries))
 }
 
 impl std::fmt::Debug for Session {

@@ -347,8 +347,9 @@ impl Staged {
             vcpus: 1,
             backing: Backing::Anonymous,
             layout: Layout::new(vec![region]).unwrap(),
-            userfaultfd,
+            userfaultfd: Some(userfaultfd),
             memory: None,
+            notify: None,
         };
         let log = Log::default();
         let peer = Peer { pid: Some(std::process::id()), process: None, socket: None };

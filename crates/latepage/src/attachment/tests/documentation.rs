@@ -2,6 +2,7 @@
 
 use super::super::{Fed, Incoming};
 use super::{sealed, userfaultfd};
+use crate::delivery::channel::Channel;
 
 const PAGE: &str = include_str!("../../../../../docs/handshake.md");
 
@@ -16,6 +17,17 @@ fn every_example_on_the_page_is_a_handshake() {
     assert!(examples.len() >= 4, "{examples:?}");
     for example in examples {
         let Some(descriptor) = userfaultfd() else { return };
+        if example.contains("\"channel\"") {
+            let channel = Channel::new(64, 65536).unwrap();
+            let (memory, bell) = channel.descriptors();
+            let sent = vec![
+                memory.try_clone_to_owned().unwrap(),
+                bell.try_clone_to_owned().unwrap(),
+                sealed(1 << 33),
+            ];
+            assert!(matches!(Incoming::new().feed(example.as_bytes(), sent), Fed::Done(_)), "{example}");
+            continue;
+        }
         let mut incoming = Incoming::new();
         let done = match incoming.feed(example.as_bytes(), vec![descriptor]) {
             // It announces a memory file too.

@@ -42,7 +42,7 @@ fn a_whole_handshake_is_understood() {
     let hello = hello(&with("descriptors", both()), vec![descriptor, sealed(SIZE)]);
     assert_eq!((hello.form, hello.name.as_deref(), hello.vcpus), (Form::Latepage, Some("vm-7"), 2));
     assert_eq!(hello.backing, Backing::Shared);
-    assert_eq!(hello.userfaultfd.as_fd().as_raw_fd(), number);
+    assert_eq!(hello.userfaultfd.unwrap().as_fd().as_raw_fd(), number);
     assert_eq!(rustix::fs::fstat(hello.memory.unwrap()).unwrap().st_size as u64, SIZE);
     assert_eq!(hello.layout.regions()[0].gpa, Some(0));
 }
@@ -109,7 +109,7 @@ fn a_key_said_twice_is_refused() {
 #[test]
 fn unknown_values_are_refused_by_name() {
     for (key, value, says) in [
-        ("delivery", json!("exit"), "delivery \"exit\" is not known; \"uffd\" is"),
+        ("delivery", json!("exit"), "delivery \"exit\" is not known; \"uffd\" and \"notify\" are"),
         ("vcpus", json!(0), "vcpus 0 is not known"),
         ("vcpus", json!(4097), "vcpus 4097 is not known"),
         ("name", json!(""), "name \"\" is not known"),

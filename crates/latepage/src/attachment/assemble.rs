@@ -1,0 +1,72 @@
+//! Document and descriptors, put together.
+
+use std::fs;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+
+use rustix::fs::OFlags;
+
+use crate::delivery::channel;
+use crate::install::PageBitmap;
+use crate::memory::Layout;
+use crate::sys::uffd::Userfaultfd;
+
+use super::places::{BITMAP, CHANNEL, EVENTFD, MEMORY, Places, USERFAULTFD};
+use super::refusal::{RefusalReason, one_line};
+use super::{Notify, native};
+
+/// What the descriptors of a handshake are, checked.
+pub(super) struct Parts {
+    pub(super) userfaultfd: Option<Userfaultfd>,
+    pub(super) memory: Option<OwnedFd>,
+    pub(super) notify: Option<Notify>,
+}
+
+/// Takes what a handshake needs from its descriptors, of which there are as many as it needs. What is refused stays there, since a
+/// userfaultfd among them must not be closed.
+pub(super) fn put_together(
+    descriptors: &mut Vec<OwnedFd>,
+    places: Places,
+    layout: &Layout,
+    vcpus: u32,
+) -> Result<Parts, RefusalReason> {
+    let at = |kind| places.of(kind).map(|place| &descriptors[place]);
+    if let Some(memory) = at(MEMORY) {
+        native::check_memory(memory, layout)?;
+    }
+    let bitmap = at(BITMAP).map(|bitmap| PageBitmap::map(bitmap, layout)).transpose()?;
+    let notify = match (at(CHANNEL), at(EVENTFD)) {
+        (Some(memory), Some(eventfd)) => {
+            let bell = eventfd.try_clone().map_err(|error| RefusalReason::Copy(error.to_string()))?;
+            let reader = channel::attach(memory.as_fd(), bell, layout.pages(), vcpus)?;
+            Some(Notify { reader, bitmap })
+        }
+        _ => None,
+    };
+    if let Some(position) = places.of(USERFAULTFD) {
+        check_userfaultfd(&descriptors[position], position)?;
+    }
+    let mut all: Vec<Option<OwnedFd>> = descriptors.drain(..).map(Some).collect();
+    let mut take = |kind| places.of(kind).and_then(|place| all[place].take());
+    // It was looked at just now.
+    let userfaultfd = take(USERFAULTFD).and_then(|descriptor| Userfaultfd::from_fd(descriptor).ok());
+    Ok(Parts { userfaultfd, memory: take(MEMORY), notify })
+}
+
+fn check_userfaultfd(descriptor: &OwnedFd, position: usize) -> Result<(), RefusalReason> {
+    let what = describe(descriptor);
+    if what != "anon_inode:[userfaultfd]" {
+        return Err(RefusalReason::NotUserfaultfd { position, what });
+    }
+    if !rustix::fs::fcntl_getfl(descriptor).is_ok_and(|flags| flags.contains(OFlags::NONBLOCK)) {
+        return Err(RefusalReason::Blocking { position });
+    }
+    Ok(())
+}
+
+/// What a descriptor is, for people: a path, `socket:[123]`, `anon_inode:[eventpoll]`.
+fn describe(fd: &OwnedFd) -> String {
+    match fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())) {
+        Ok(link) => one_line(&link.to_string_lossy()),
+        Err(_) => "unknown".to_owned(),
+    }
+}

@@ -1,0 +1,99 @@
+//! Which descriptors come with a handshake of ours, and in which order.
+
+use super::refusal::{RefusalReason, one_line};
+
+/// How a VM's faults arrive.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Way {
+    /// By userfaultfd.
+    Uffd,
+    /// By a channel.
+    Notify,
+}
+
+impl Way {
+    pub(super) const fn name(self) -> &'static str {
+        match self {
+            Self::Uffd => "uffd",
+            Self::Notify => "notify",
+        }
+    }
+
+    pub(super) fn from_name(name: &str) -> Option<Self> {
+        [Self::Uffd, Self::Notify].into_iter().find(|way| way.name() == name)
+    }
+
+    /// What must come, and what may.
+    const fn wants(self) -> (&'static [usize], &'static [usize], &'static str) {
+        match self {
+            Self::Uffd => {
+                (&[USERFAULTFD], &[MEMORY], "there must be one \"userfaultfd\", and no other twice")
+            }
+            Self::Notify => (
+                &[CHANNEL, EVENTFD, MEMORY],
+                &[BITMAP, USERFAULTFD],
+                "with delivery \"notify\" there must be \"channel\", \"eventfd\" and \"memory\", and no other twice",
+            ),
+        }
+    }
+}
+
+pub(super) const USERFAULTFD: usize = 0;
+pub(super) const MEMORY: usize = 1;
+pub(super) const CHANNEL: usize = 2;
+pub(super) const EVENTFD: usize = 3;
+pub(super) const BITMAP: usize = 4;
+
+const NAMES: [&str; 5] = ["userfaultfd", "memory", "channel", "eventfd", "bitmap"];
+
+/// The place of each kind of descriptor among those that come, if it is one of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Places([Option<usize>; NAMES.len()]);
+
+impl Places {
+    /// A userfaultfd and nothing else.
+    pub(super) const USERFAULTFD: Self = Self([Some(0), None, None, None, None]);
+
+    /// Reads a list of names.
+    pub(super) fn read(way: Way, names: &[String]) -> Result<Self, RefusalReason> {
+        let (must, may, rule) = way.wants();
+        let wrong = || RefusalReason::DescriptorList { list: one_line(&format!("{names:?}")), rule };
+        let mut places = [None; NAMES.len()];
+        for (place, name) in names.iter().enumerate() {
+            let kind = NAMES
+                .iter()
+                .position(|known| known == name)
+                .filter(|kind| must.contains(kind) || may.contains(kind));
+            let Some(kind) = kind else {
+                let known = match way {
+                    Way::Uffd => "\"userfaultfd\" and \"memory\" are",
+                    Way::Notify => "\"channel\", \"eventfd\", \"memory\", \"bitmap\" and \"userfaultfd\" are",
+                };
+                let value = one_line(&format!("{name:?}"));
+                return Err(RefusalReason::Value { key: "descriptors", value, known });
+            };
+            if places[kind].replace(place).is_some() {
+                return Err(wrong());
+            }
+        }
+        if must.iter().any(|kind| places[*kind].is_none()) {
+            return Err(wrong());
+        }
+        Ok(Self(places))
+    }
+
+    /// Where a kind of descriptor is.
+    pub(super) fn of(self, kind: usize) -> Option<usize> {
+        self.0[kind]
+    }
+
+    /// How many descriptors there are.
+    pub(super) fn count(self) -> usize {
+        self.0.iter().flatten().count()
+    }
+
+    /// The names of these kinds, as a handshake lists them.
+    pub(super) fn names(kinds: &[usize]) -> Vec<String> {
+        kinds.iter().map(|kind| NAMES[*kind].to_owned()).collect()
+    }
+}
