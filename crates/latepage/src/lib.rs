@@ -44,3 +44,15 @@ mod gate;
 #[allow(dead_code, unreachable_pub, unused_imports, reason = "loom's tests use some of it")]
 #[path = "delivery/channel/protocol/mod.rs"]
 mod channel_protocol;
+
+/// What exits pass each other by, for loom.
+#[cfg(loom)]
+#[allow(dead_code, reason = "loom's tests use some of it")]
+#[path = "session/exit"]
+mod exit {
+    mod passes;
+    #[cfg(test)]
+    mod races;
+    mod turns;
+    mod word;
+}

@@ -77,7 +77,7 @@ impl Outcome {
 /// How contents get into a guest. A run of pages never crosses a region.
 ///
 /// Every call may stop early without a reason ([`Outcome::stopped`] is `None` and pages are left): the caller goes on from there.
-pub trait Install: Send {
+pub trait Install: Send + Sync {
     /// Puts `contents`, whole pages from page `first` on, where they belong.
     fn fill(&self, layout: &Layout, first: u32, contents: &[u8]) -> Outcome;
 

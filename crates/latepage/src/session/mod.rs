@@ -8,6 +8,7 @@ mod around;
 mod batch;
 mod deliveries;
 mod end;
+pub mod exit;
 mod fail;
 mod gate;
 mod place;

@@ -400,7 +400,7 @@ impl Session {
 }
 
 /// Whether a page is all zero. Most others show it in their first words.
-fn all_zero(page: &[u8]) -> bool {
+pub(super) fn all_zero(page: &[u8]) -> bool {
     let (before, words, after) = (&page[..8], page.chunks_exact(64), &page[page.len() - 8..]);
     before.iter().all(|byte| *byte == 0)
         && after.iter().all(|byte| *byte == 0)

@@ -8,6 +8,7 @@ pub mod child;
 pub mod guest;
 pub mod serving;
 pub mod snapshot;
+pub mod trap;
 
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::sync::{Condvar, Mutex};
