@@ -4,6 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
+use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
 use kvm_ioctls::{Cap, Kvm};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
@@ -81,10 +82,14 @@ impl Machine {
                 call: "sigaction",
                 errno: Errno::from_io_error(&source).unwrap_or(Errno::INVAL),
             })?;
-            let vm = kvm()?.create_vm().map_err(|errno| VmError::kvm("KVM_CREATE_VM", errno))?;
+            let kvm = kvm()?;
+            let offered = kvm
+                .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+                .map_err(|errno| VmError::kvm("KVM_GET_SUPPORTED_CPUID", errno))?;
+            let vm = kvm.create_vm().map_err(|errno| VmError::kvm("KVM_CREATE_VM", errno))?;
             let slots = Arc::new(Slots::new(vm, Arc::clone(&control.memory))?);
             for (index, system) in systems.iter().enumerate() {
-                vcpus.push(KvmVcpu::new(&slots, index, system)?);
+                vcpus.push(KvmVcpu::new(&slots, index, &offered, system)?);
             }
         }
         let mut machine = Self { kind, threads: Vec::new() };

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use kvm_bindings::{kvm_dtable, kvm_regs, kvm_segment};
+use kvm_bindings::{CpuId, kvm_dtable, kvm_regs, kvm_segment};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use rustix::io::Errno;
 
@@ -24,9 +24,16 @@ pub(crate) struct KvmVcpu {
 }
 
 impl KvmVcpu {
-    pub(crate) fn new(slots: &Arc<Slots>, index: usize, system: &SystemRegisters) -> Result<Self, VmError> {
+    pub(crate) fn new(
+        slots: &Arc<Slots>,
+        index: usize,
+        cpuid: &CpuId,
+        system: &SystemRegisters,
+    ) -> Result<Self, VmError> {
         let vcpu =
             slots.vm.create_vcpu(index as u64).map_err(|errno| VmError::kvm("KVM_CREATE_VCPU", errno))?;
+        // Before the registers: KVM takes those of long mode only from a processor that says it has it.
+        vcpu.set_cpuid2(cpuid).map_err(|errno| VmError::kvm("KVM_SET_CPUID2", errno))?;
         let mut sregs = vcpu.get_sregs().map_err(|errno| VmError::kvm("KVM_GET_SREGS", errno))?;
         for (to, from) in [
             (&mut sregs.cs, &system.cs),
