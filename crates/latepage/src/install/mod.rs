@@ -10,6 +10,7 @@ mod fill;
 mod minor;
 #[cfg(test)]
 mod tests;
+mod trap;
 mod view;
 
 use std::ops::Range;
@@ -25,6 +26,7 @@ pub use copy::CopyInstall;
 pub(crate) use copy::ZEROS;
 pub use fill::FillInstall;
 pub use minor::MinorInstall;
+pub use trap::Trap;
 pub use view::InstallView;
 
 /// Why an install went no further.

@@ -11,6 +11,7 @@ mod end;
 pub mod exit;
 mod fail;
 mod gate;
+mod inside;
 mod place;
 mod policy;
 mod populate;
@@ -43,6 +44,7 @@ use deliveries::Deliveries;
 use gate::Gate;
 use waiting::WaitingRoom;
 
+pub use inside::{FaultWindow, Resolver, ResolverError, ResolverStats, Seat, Told, Unresolved};
 pub use policy::{FaultAround, OnMissing, Placement, Policy, Population};
 pub use populate::Sliced;
 pub use report::{Action, End, Host, LetGo, Report};
