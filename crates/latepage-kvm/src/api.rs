@@ -52,6 +52,13 @@ pub enum Request {
         #[serde(flatten)]
         range: DiscardRange,
     },
+    /// Have KVM keep the clock of `vcpu` at the guest-physical address `gpa`. Result: none.
+    Clock {
+        /// The vCPU's number.
+        vcpu: usize,
+        /// The address.
+        gpa: u64,
+    },
     /// Result: a report.
     Report,
     /// Compare every byte with what it should be. Result: a comparison.
@@ -106,6 +113,7 @@ fn perform(vm: &Vm, request: Request) -> Result<Value, VmError> {
             vm.save(&state_file, &memory_file).map(|report| json!(report))
         }
         Request::Discard { range } => nothing(vm.discard(range)),
+        Request::Clock { vcpu, gpa } => nothing(vm.clock(vcpu, gpa)),
         Request::Report => Ok(json!(vm.report())),
         Request::Compare => vm.compare().map(|comparison| json!(comparison)),
         Request::Quit => Ok(Value::Null),

@@ -4,8 +4,10 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::late::Delivery;
 use crate::machine::GuestKind;
 use crate::memory::Backing;
+use crate::trap::TrapKind;
 
 /// A VM to create.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -57,6 +59,25 @@ pub enum MemoryFrom {
         #[serde(default)]
         send_memory: Option<bool>,
     },
+    /// The memory file, page by page as they are touched, by the VMM itself.
+    Late(LateMemory),
+}
+
+/// Memory that the VMM itself brings when it is touched. It is shared memory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LateMemory {
+    /// The memory file.
+    pub memory_file: PathBuf,
+    /// How accesses to absent pages reach the VMM.
+    #[serde(default)]
+    pub delivery: Delivery,
+    /// What makes a vCPU's access an exit; unset, the best that this kernel has.
+    #[serde(default)]
+    pub trap: Option<TrapKind>,
+    /// Bytes that come with a touched page, a multiple of 4096, 65536 at most; unset, the page alone.
+    #[serde(default)]
+    pub window: Option<u64>,
 }
 
 /// The form in which a VM introduces itself to a pager.

@@ -29,11 +29,13 @@ pub(crate) struct Slot {
     greeted: bool,
     in_guest: bool,
     kick: Option<Kick>,
+    /// Where KVM is to keep its clock, which it has not been told yet.
+    pub(crate) clock: Option<u64>,
 }
 
 impl Slot {
     pub(crate) fn new(registers: Registers, system: SystemRegisters, unfinished: bool) -> Self {
-        Self { registers, system, unfinished, greeted: false, in_guest: false, kick: None }
+        Self { registers, system, unfinished, greeted: false, in_guest: false, kick: None, clock: None }
     }
 }
 
@@ -170,6 +172,22 @@ impl Control {
         }
     }
 
+    /// Where KVM is to keep the clock of vCPU `index`, if it has not been told yet.
+    pub(crate) fn take_clock(&self, index: usize) -> Option<u64> {
+        self.lock().slots[index].clock.take()
+    }
+
+    /// The guest says that the page at a guest-physical address begins with that byte.
+    pub(crate) fn said(&self, gpa: u64, byte: u8) {
+        let Some(page) = self.memory.layout().page_of_gpa(gpa) else { return };
+        let history = self.lock().expectations.history(page).to_vec();
+        let mut expected = [0; WORDS];
+        render(&history, page, &mut expected);
+        if expected[0].to_le_bytes()[0] != byte {
+            self.wrong(gpa);
+        }
+    }
+
     /// Takes note of how vCPU `index` came out. From here on it cannot be kicked.
     pub(crate) fn leave(&self, index: usize, left: Left, system: Option<SystemRegisters>) {
         let mut state = self.lock();
@@ -280,6 +298,13 @@ impl Control {
             state.failed = Some(why);
         }
         self.stop_guest(state);
+    }
+
+    /// A thread that is no vCPU's has found that the VM cannot go on.
+    pub(crate) fn cannot_go_on(&self, why: String) {
+        let mut state = self.lock();
+        self.fail(&mut state, why);
+        self.changed.notify_all();
     }
 
     fn stop_guest(&self, state: &mut State) {

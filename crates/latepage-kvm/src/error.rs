@@ -30,6 +30,20 @@ pub enum VmError {
     /// There is no KVM, and it was asked for.
     #[error("/dev/kvm: {0}; use a guest of threads (--guest threads) or run where KVM is")]
     NoKvm(Errno),
+    /// This kernel has no memory-fault exits, or not of the kind that was asked for.
+    #[error("this kernel has no memory-fault exits: {why}; --delivery uffd needs none")]
+    NoExits {
+        /// What was tried, and what lacks.
+        why: String,
+    },
+    /// Memory cannot come from this file.
+    #[error("late memory from {}: {why}", path.display())]
+    LateMemory {
+        /// The memory file.
+        path: PathBuf,
+        /// Why not.
+        why: String,
+    },
     /// A call to KVM failed.
     #[error("{call}: {errno}")]
     Kvm {
@@ -131,6 +145,10 @@ fn connect_hint(source: &io::Error) -> &'static str {
 impl VmError {
     pub(crate) fn call(call: &'static str, errno: Errno) -> Self {
         Self::Call { call, errno }
+    }
+
+    pub(crate) fn thread(source: &io::Error) -> Self {
+        Self::Call { call: "starting a thread", errno: Errno::from_io_error(source).unwrap_or(Errno::AGAIN) }
     }
 
     pub(crate) fn kvm(call: &'static str, error: kvm_ioctls::Error) -> Self {

@@ -129,7 +129,7 @@ impl Drop for PagerLink {
 }
 
 /// The layout as the pager knows it: with our host-virtual addresses.
-fn describe(memory: &GuestMemory) -> Result<Layout, VmError> {
+pub(crate) fn describe(memory: &GuestMemory) -> Result<Layout, VmError> {
     let page_size = if memory.backing() == Backing::Hugetlb { PageSize::Huge } else { PageSize::Small };
     let regions = memory.layout().regions().iter();
     let regions = regions.map(|region| Region {

@@ -20,6 +20,8 @@ pub enum Action {
     Verify,
     /// Reads one word of each page.
     Touch,
+    /// Puts the first byte of each page out by a string instruction: KVM itself reads it, and the host compares it.
+    Say,
     /// Counts for ever and touches nothing.
     Count,
 }

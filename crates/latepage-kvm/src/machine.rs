@@ -11,8 +11,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::control::Control;
 use crate::error::VmError;
+use crate::late::Late;
 use crate::sys::kick;
 use crate::sys::slots::Slots;
+use crate::trap::{SW_PROTECTED_VM, TrapKind};
 use crate::vcpu::{self, KvmVcpu};
 
 /// What runs the guest.
@@ -74,7 +76,11 @@ pub(crate) struct Machine {
 
 impl Machine {
     /// Makes the vCPUs that `control` has slots for, and starts their threads.
-    pub(crate) fn start(kind: GuestKind, control: &Arc<Control>) -> Result<Self, VmError> {
+    pub(crate) fn start(
+        kind: GuestKind,
+        control: &Arc<Control>,
+        late: Option<&Late>,
+    ) -> Result<Self, VmError> {
         let systems: Vec<_> = control.lock().slots.iter().map(|slot| slot.system).collect();
         let mut vcpus = Vec::new();
         if kind == GuestKind::Kvm {
@@ -86,10 +92,23 @@ impl Machine {
             let offered = kvm
                 .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
                 .map_err(|errno| VmError::kvm("KVM_GET_SUPPORTED_CPUID", errno))?;
-            let vm = kvm.create_vm().map_err(|errno| VmError::kvm("KVM_CREATE_VM", errno))?;
-            let slots = Arc::new(Slots::new(vm, Arc::clone(&control.memory))?);
+            let by_attributes = late.and_then(Late::trap) == Some(TrapKind::Attributes);
+            let vm = kvm
+                .create_vm_with_type(if by_attributes { SW_PROTECTED_VM } else { 0 })
+                .map_err(|errno| VmError::kvm("KVM_CREATE_VM", errno))?;
+            let bitmap = late.and_then(Late::bitmap).cloned();
+            let slots = Arc::new(Slots::new(vm, Arc::clone(&control.memory), bitmap)?);
+            if let Some(late) = late {
+                late.arm(&slots)?;
+            }
             for (index, system) in systems.iter().enumerate() {
-                vcpus.push(KvmVcpu::new(&slots, index, &offered, system)?);
+                vcpus.push(KvmVcpu::new(
+                    &slots,
+                    index,
+                    &offered,
+                    system,
+                    late.and_then(|late| late.seat(index)),
+                )?);
             }
         }
         let mut machine = Self { kind, threads: Vec::new() };
@@ -105,10 +124,7 @@ impl Machine {
                 Err(source) => {
                     control.quit(std::time::Duration::from_secs(1));
                     machine.join();
-                    return Err(VmError::Call {
-                        call: "starting a vCPU's thread",
-                        errno: Errno::from_io_error(&source).unwrap_or(Errno::AGAIN),
-                    });
+                    return Err(VmError::thread(&source));
                 }
             }
         }

@@ -6,6 +6,7 @@ use std::str::FromStr;
 
 use latepage::sys::mapping::Mapping;
 use latepage::sys::memfd;
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use crate::error::VmError;
@@ -128,6 +129,16 @@ impl GuestMemory {
         self.memfd.as_ref().map(AsFd::as_fd)
     }
 
+    /// The same, as it is owned.
+    pub(crate) fn memfd_owned(&self) -> Option<&OwnedFd> {
+        self.memfd.as_ref()
+    }
+
+    /// Whether the guest view and the install view are one memory.
+    pub(crate) fn is_shared(&self) -> bool {
+        self.backing == Backing::Shared
+    }
+
     /// Copies out of the guest view. Waits, as the guest does, for what a pager has not brought yet.
     pub fn read(&self, offset: u64, into: &mut [u8]) {
         self.guest.read(offset as usize, into);
@@ -161,7 +172,7 @@ impl GuestMemory {
         let (start, bytes) = (offset as usize, length as usize);
         match self.backing {
             Backing::Shared => {
-                self.guest.remove(start, bytes).map_err(|errno| VmError::call("madvise(MADV_REMOVE)", errno))
+                self.punch(offset, length).map_err(|errno| VmError::call("madvise(MADV_REMOVE)", errno))
             }
             Backing::MemoryFile => discard::map_zero_over(&self.guest, offset, length)
                 .map_err(|errno| VmError::call("mmap over a discarded range", errno)),
@@ -170,6 +181,13 @@ impl GuestMemory {
                 .dont_need(start, bytes)
                 .map_err(|errno| VmError::call("madvise(MADV_DONTNEED)", errno)),
         }
+    }
+}
+
+impl GuestMemory {
+    /// Takes shared memory out of its file, and so out of both views.
+    pub(crate) fn punch(&self, offset: u64, length: u64) -> Result<(), Errno> {
+        self.guest.remove(offset as usize, length as usize)
     }
 }
 

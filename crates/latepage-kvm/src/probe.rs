@@ -14,15 +14,10 @@ use rustix::io::Errno;
 use crate::error::VmError;
 use crate::fingerprint::PAGE;
 use crate::sys::trial::{GPA, Trial};
+use crate::trap::{EXIT_PRIVATE, EXIT_USERFAULT, SW_PROTECTED_VM};
 
 /// The guest's whole program.
 const HLT: u8 = 0xF4;
-/// `KVM_X86_SW_PROTECTED_VM`: the VM type whose ordinary slots may have attributes.
-const SW_PROTECTED_VM: u64 = 1;
-/// `KVM_MEMORY_EXIT_FLAG_PRIVATE`.
-const EXIT_PRIVATE: u64 = 1 << 3;
-/// `KVM_MEMORY_EXIT_FLAG_USERFAULT`, of the same patches as the slot's flag.
-const EXIT_USERFAULT: u64 = 1 << 4;
 /// `GUEST_MEMFD_FLAG_MMAP` and `_INIT_SHARED` (Linux 6.18).
 const MMAP_SHARED: u64 = 0b11;
 /// No fault takes as long; a kernel that never reports it must not make the trial wait for ever.

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use serde::Serialize;
 
 use crate::job::JobReport;
+use crate::late::LateReport;
 use crate::memory::Backing;
 
 /// What saving wrote.
@@ -63,6 +64,8 @@ pub struct Report {
     pub contents: Vec<(Option<u64>, u64)>,
     /// The pager's socket and the form of the handshake.
     pub pager: Option<(PathBuf, &'static str)>,
+    /// What has come, and how, where the VMM itself brings the memory.
+    pub late: Option<LateReport>,
     /// CLOCK_MONOTONIC when the VM began to be created or restored.
     pub origin_monotonic_ns: u64,
     /// When the VM was ready to run.

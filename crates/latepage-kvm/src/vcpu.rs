@@ -2,8 +2,9 @@
 
 use std::sync::Arc;
 
-use kvm_bindings::{CpuId, kvm_dtable, kvm_regs, kvm_segment};
+use kvm_bindings::{CpuId, Msrs, kvm_dtable, kvm_msr_entry, kvm_regs, kvm_segment};
 use kvm_ioctls::{VcpuExit, VcpuFd};
+use latepage::session::Seat;
 use rustix::io::Errno;
 
 use crate::control::{Control, Left};
@@ -15,12 +16,23 @@ use crate::layout::GuestLayout;
 use crate::sys::kick::Kick;
 use crate::sys::slots::Slots;
 use crate::system_registers::{Segment, SystemRegisters, Table};
+use crate::trap::{EXIT_PRIVATE, EXIT_USERFAULT};
+
+/// Where a guest asks KVM to keep its clock (`asm/kvm_para.h`).
+const MSR_KVM_SYSTEM_TIME_NEW: u32 = 0x4B56_4D01;
+/// How often the same address may exit in a row: each discard of its page is an honest reason, and a kernel that does not do as it
+/// says must not make a vCPU go round for ever.
+const AGAIN: u32 = 10_000;
 
 /// A vCPU of KVM, with what it needs to stay valid.
 #[derive(Debug)]
 pub(crate) struct KvmVcpu {
     vcpu: VcpuFd,
-    _slots: Arc<Slots>,
+    slots: Arc<Slots>,
+    /// Where its memory-fault exits are resolved, if it has any.
+    seat: Option<Seat>,
+    /// The last of them, and how often in a row it came.
+    last: (u64, u32),
 }
 
 impl KvmVcpu {
@@ -29,6 +41,7 @@ impl KvmVcpu {
         index: usize,
         cpuid: &CpuId,
         system: &SystemRegisters,
+        seat: Option<Seat>,
     ) -> Result<Self, VmError> {
         let vcpu =
             slots.vm.create_vcpu(index as u64).map_err(|errno| VmError::kvm("KVM_CREATE_VCPU", errno))?;
@@ -52,7 +65,7 @@ impl KvmVcpu {
         (sregs.cr4, sregs.cr8, sregs.efer) = (system.cr4, system.cr8, system.efer);
         // The APIC base stays as KVM made it: only vCPU 0 carries the mark of the bootstrap processor.
         vcpu.set_sregs(&sregs).map_err(|errno| VmError::kvm("KVM_SET_SREGS", errno))?;
-        Ok(Self { vcpu, _slots: Arc::clone(slots) })
+        Ok(Self { vcpu, slots: Arc::clone(slots), seat, last: (0, 0) })
     }
 
     fn system(&self) -> Result<SystemRegisters, VmError> {
@@ -87,8 +100,16 @@ impl KvmVcpu {
     fn burst(&mut self, control: &Control, index: usize, registers: &Registers) -> Result<Left, VmError> {
         self.vcpu.set_regs(&registers.into()).map_err(|errno| VmError::kvm("KVM_SET_REGS", errno))?;
         loop {
-            let written = match self.vcpu.run() {
-                Ok(VcpuExit::IoOut(port, _)) => port,
+            let (written, byte) = match self.vcpu.run() {
+                Ok(VcpuExit::IoOut(port, data)) => (port, data.first().copied().unwrap_or_default()),
+                Ok(VcpuExit::MemoryFault { flags, gpa, .. })
+                    if self.seat.is_some() && flags & (EXIT_PRIVATE | EXIT_USERFAULT) != 0 =>
+                {
+                    match self.memory_fault(gpa) {
+                        Ok(()) => continue,
+                        Err(why) => return Ok(Left::Failed(self.with_place(&why))),
+                    }
+                }
                 Ok(VcpuExit::Intr) => return Ok(Left::Paused(self.registers()?)),
                 Ok(other) => {
                     let what = describe(&other, control.memory.layout());
@@ -98,9 +119,11 @@ impl KvmVcpu {
                     Errno::INTR => return Ok(Left::Paused(self.registers()?)),
                     Errno::AGAIN => continue,
                     Errno::FAULT | Errno::HWPOISON => {
-                        return Ok(Left::Failed(
-                            self.with_place("memory of the guest could not be had (KVM_RUN: EFAULT)"),
-                        ));
+                        let what = format!(
+                            "memory of the guest could not be had (KVM_RUN: EFAULT, and no address); {}",
+                            self.slots
+                        );
+                        return Ok(Left::Failed(self.with_place(&what)));
                     }
                     _ => return Err(VmError::kvm("KVM_RUN", error)),
                 },
@@ -113,6 +136,7 @@ impl KvmVcpu {
                 }
                 port::PROGRESS => control.progress(index, &self.registers()?),
                 port::WRONG => control.wrong(self.registers()?.rdi),
+                port::SAID => control.said(self.registers()?.rdi, byte),
                 port::DONE => {
                     self.complete_output()?;
                     return Ok(Left::Done(self.registers()?));
@@ -122,6 +146,31 @@ impl KvmVcpu {
                 }
             }
         }
+    }
+
+    /// Has KVM keep the vCPU's clock there.
+    fn keep_clock(&self, gpa: u64) -> Result<(), VmError> {
+        const ON: u64 = 1;
+        let entry = kvm_msr_entry { index: MSR_KVM_SYSTEM_TIME_NEW, data: gpa | ON, ..Default::default() };
+        let refused = |errno| VmError::Kvm { call: "KVM_SET_MSRS (MSR_KVM_SYSTEM_TIME_NEW)", errno };
+        let entries = Msrs::from_entries(&[entry]).map_err(|_| refused(Errno::NOMEM))?;
+        match self.vcpu.set_msrs(&entries) {
+            Ok(1) => Ok(()),
+            Ok(_) => Err(refused(Errno::NOTSUP)),
+            Err(error) => Err(refused(Errno::from_raw_os_error(error.errno()))),
+        }
+    }
+
+    /// The vCPU wants a page that is absent, or was when it looked: it is there when this returns.
+    fn memory_fault(&mut self, gpa: u64) -> Result<(), String> {
+        // Should another KVM_RUN fail without an address, it must not be taken for this exit.
+        self.vcpu.get_kvm_run().exit_reason = 0;
+        self.last = if self.last.0 == gpa { (gpa, self.last.1 + 1) } else { (gpa, 1) };
+        if self.last.1 > AGAIN {
+            return Err(format!("guest address {gpa:#x} was resolved {AGAIN} times, and exits still"));
+        }
+        let seat = self.seat.as_mut().ok_or("a memory-fault exit, and nobody to resolve it")?;
+        seat.exit(gpa).map_err(|unresolved| unresolved.to_string())
     }
 
     /// An `out` is over only when KVM_RUN was entered again: registers read or set before that may be changed by its end.
@@ -162,8 +211,10 @@ fn describe(exit: &VcpuExit<'_>, layout: &GuestLayout) -> String {
 /// Runs what `control` gives to vCPU `index` until the VM ends.
 pub(crate) fn kvm_thread(control: &Control, index: usize, mut vcpu: KvmVcpu) {
     while let Some(registers) = control.enter(index, Some(Kick::of_this_thread(&mut vcpu.vcpu))) {
-        let left =
-            vcpu.burst(control, index, &registers).unwrap_or_else(|error| Left::Failed(error.to_string()));
+        let clock = control.take_clock(index).map_or(Ok(()), |gpa| vcpu.keep_clock(gpa));
+        let left = clock
+            .and_then(|()| vcpu.burst(control, index, &registers))
+            .unwrap_or_else(|error| Left::Failed(error.to_string()));
         control.leave(index, left, vcpu.system().ok());
     }
 }
@@ -176,6 +227,7 @@ pub(crate) fn standin_thread(control: &Control, index: usize) {
                 port::HELLO => control.hello(),
                 port::PROGRESS => control.progress(index, registers),
                 port::WRONG => control.wrong(registers.rdi),
+                port::SAID => control.said(registers.rdi, registers.rax as u8),
                 _ => {}
             });
         let left = match stop {

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use crate::config::{DiscardRange, RestoreConfig, VmConfig};
+use crate::config::{DiscardRange, MemoryFrom, RestoreConfig, VmConfig};
 use crate::control::{ActiveJob, Control, Slot, monotonic, page_is};
 use crate::error::VmError;
 use crate::event::Event;
@@ -17,6 +17,7 @@ use crate::guest::registers::Registers;
 use crate::guest::{Program, system};
 use crate::handshake::PagerLink;
 use crate::job::{Action, Job, JobReport, WRONG_LISTED, slices};
+use crate::late::Late;
 use crate::layout::{CLASSES, CLASSES_LIMIT, GuestLayout, LIST, SEEDS, SYSTEM};
 use crate::machine::{GuestKind, Machine};
 use crate::memory::{Backing, GuestMemory};
@@ -39,6 +40,7 @@ pub struct Vm {
     control: Arc<Control>,
     machine: Option<Machine>,
     link: Option<PagerLink>,
+    late: Option<Arc<Late>>,
     ready_ns: u64,
     /// Held by what must not meet another of its kind: starting a job, saving, discarding, comparing. Holds the digests of the
     /// pages of the system area that are not zero.
@@ -66,7 +68,7 @@ impl Vm {
         let slot = || Slot::new(Registers::plain(Program::Hello), SystemRegisters::default(), false);
         let slots = (0..config.vcpus).map(|_| slot()).collect();
         let control = Control::new(memory, origin, true, slots, expectations, None)?;
-        Self::start(config.name.clone(), kind, control, None, digests)
+        Self::start(config.name.clone(), kind, control, (None, None), digests)
     }
 
     /// Restores a VM. Unless it shall stay paused, it goes on with the job in whose middle it was saved.
@@ -98,26 +100,33 @@ impl Vm {
         };
         let memory = Arc::new(restore_memory(config, layout, saved)?);
         let link = attach(config, &memory, &name, vcpus)?;
+        let late = match &config.memory {
+            MemoryFrom::Late(late) => Some(Arc::new(Late::new(&memory, late, vcpus as usize, kind)?)),
+            _ => None,
+        };
         let slots: Vec<Slot> =
             state.vcpus.iter().map(|vcpu| Slot::new(vcpu.registers, vcpu.system, vcpu.unfinished)).collect();
         let control = Control::new(memory, origin, !config.paused, slots, expectations, job)?;
-        Self::start(name, kind, control, link, state.system.into_iter().collect())
+        Self::start(name, kind, control, (link, late), state.system.into_iter().collect())
     }
 
     fn start(
         name: String,
         kind: GuestKind,
         control: Control,
-        mut link: Option<PagerLink>,
+        (mut link, late): (Option<PagerLink>, Option<Arc<Late>>),
         digests: BTreeMap<u64, u64>,
     ) -> Result<Self, VmError> {
         let control = Arc::new(control);
         if let Some(link) = &mut link {
             link.watch(&control)?;
         }
+        if let Some(late) = &late {
+            late.start(&control)?;
+        }
         let ready_ns = control.now();
-        let machine = Some(Machine::start(kind, &control)?);
-        Ok(Self { name, control, machine, link, ready_ns, system: Mutex::new(digests) })
+        let machine = Some(Machine::start(kind, &control, late.as_deref())?);
+        Ok(Self { name, control, machine, link, late, ready_ns, system: Mutex::new(digests) })
     }
 
     /// Its name.
@@ -181,6 +190,8 @@ impl Vm {
             (Action::Verify, true, _) => Program::VerifyList,
             (Action::Touch, false, _) => Program::Touch,
             (Action::Touch, true, _) => Program::TouchList,
+            (Action::Say, false, _) => Program::Say,
+            (Action::Say, true, _) => Program::SayList,
         };
         if matches!(program, Program::VerifyMixed | Program::VerifyList) {
             if layout.pages() > CLASSES_LIMIT {
@@ -254,6 +265,28 @@ impl Vm {
                 ));
             }
             self.control.drop_job();
+            Ok(())
+        })
+    }
+
+    /// Has KVM write the time of a vCPU (struct pvclock_vcpu_time_info, 32 bytes) to that guest-physical address and keep it there, as
+    /// a guest's kernel asks it to. KVM writes when the vCPU next runs. A running VM is paused for the moment.
+    ///
+    /// # Errors
+    /// [`VmError::Config`]: there is no such vCPU or memory, or no KVM. As [`pause`](Self::pause).
+    pub fn clock(&self, vcpu: usize, gpa: u64) -> Result<(), VmError> {
+        let _operation = self.operation();
+        let inside = self.memory().layout().offset_of_gpa(gpa).is_some() && gpa % PAGE <= PAGE - 32;
+        if self.guest() != GuestKind::Kvm || !inside || !gpa.is_multiple_of(4) {
+            return Err(VmError::Config(format!(
+                "no clock can be kept at {gpa:#x} by a guest on {}: it takes KVM and 32 bytes of one page",
+                self.guest()
+            )));
+        }
+        self.while_paused(|| {
+            let mut state = self.control.lock();
+            let slot = state.slots.get_mut(vcpu);
+            slot.ok_or_else(|| VmError::Config(format!("there is no vCPU {vcpu}")))?.clock = Some(gpa);
             Ok(())
         })
     }
@@ -338,7 +371,11 @@ impl Vm {
         }
         // A vCPU that meets the page half gone asks what it should hold: it shall get an answer only when that is settled.
         let _settling = self.control.settle_discards();
-        self.memory().discard(self.memory().layout().offset_of(first), count * PAGE)?;
+        let (offset, length) = (self.memory().layout().offset_of(first), count * PAGE);
+        match &self.late {
+            Some(late) => late.discard(self.memory(), offset, length)?,
+            None => self.memory().discard(offset, length)?,
+        }
         let mut state = self.control.lock();
         state.expectations.zero(pages.clone());
         if let Some(after) = state.job.as_mut().and_then(|job| job.after.as_mut()) {
@@ -431,6 +468,7 @@ impl Vm {
             pages: self.memory().layout().pages(),
             contents: state.expectations.summary(),
             pager: self.link.as_ref().map(|link| (link.path().to_path_buf(), link.form().name())),
+            late: self.late.as_ref().map(|late| late.report()),
             origin_monotonic_ns: self.control.origin(),
             ready_ns: self.ready_ns,
             first_instruction_ns: state.first_instruction,
@@ -468,6 +506,7 @@ impl Drop for Vm {
         } else {
             // Some vCPU waits for memory. Closing our userfaultfd could let it through to zeros; it stays until the process ends.
             std::mem::forget(self.link.take());
+            std::mem::forget(self.late.take());
         }
     }
 }

@@ -13,7 +13,7 @@ from latepage.cli.sizes import Size
 from latepage.kvm.client import Client
 from latepage.kvm.host import Life, live
 from latepage.kvm.jobs import Action, Job, Order
-from latepage.kvm.vm import Backing, ConfigError, Guest, Handshake, default_name
+from latepage.kvm.vm import Backing, ConfigError, Delivery, Guest, Handshake, Trap, default_name, late_memory
 
 __all__ = ["app"]
 
@@ -81,6 +81,10 @@ def restore(
     *,
     read: Path | None = None,
     map: Path | None = None,  # noqa: A002 (the flag's name)
+    late: Path | None = None,
+    delivery: Delivery | None = None,
+    trap: Trap | None = None,
+    window: Size | None = None,
     pager: Path | None = None,
     handshake: Handshake | None = None,
     send_memory: bool | None = None,
@@ -94,7 +98,7 @@ def restore(
     api_sock: Path | None = None,
     json: Flag = False,
 ) -> int:
-    """Restore the VM of a state file, its memory from one of --read, --map and --pager.
+    """Restore the VM of a state file, its memory from one of --read, --map, --late and --pager.
 
     A VM that was saved in the middle of a job goes on with it first.
 
@@ -102,6 +106,11 @@ def restore(
         state: the state file.
         read: read this memory file in before the guest starts.
         map: map this memory file; the kernel brings pages when they are touched.
+        late: have the VMM itself bring this memory file's pages when they are touched.
+        delivery: with --late: how accesses to absent pages reach the VMM. uffd (the default): a thread of it serves a
+            userfaultfd; exit: the vCPU's own thread resolves a memory-fault exit.
+        trap: with --delivery exit: what makes a vCPU's access an exit; by default the best that this kernel has.
+        window: with --late: how much comes with a touched page, a multiple of 4 KiB, 64 KiB at most; by default the page alone.
         pager: have the pager at this socket bring the memory.
         handshake: the form in which the VM introduces itself to the pager; latepage if not given.
         send_memory: send the memfd of shared or private memory with it, so that the pager fills it through its own view;
@@ -126,18 +135,23 @@ def restore(
     if pager is None and handshake is not None:
         print("latepage vm restore: --handshake goes with --pager only", file=sys.stderr)
         return 2
-    match read, map, pager:
-        case Path(), None, None:
+    if late is None and (delivery, trap, window) != (None, None, None):
+        print("latepage vm restore: --delivery, --trap and --window go with --late only", file=sys.stderr)
+        return 2
+    match read, map, late, pager:
+        case Path(), None, None, None:
             config["memory"] = {"from": "read", "memory_file": str(read)}
-        case None, Path(), None:
+        case None, Path(), None, None:
             config["memory"] = {"from": "map", "memory_file": str(map)}
-        case None, None, Path():
+        case None, None, Path(), None:
+            config["memory"] = late_memory(late, delivery or "uffd", trap, window)
+        case None, None, None, Path():
             way = {"handshake": handshake or "latepage", "send_memory": send_memory}
             config["memory"] = {"from": "pager", "socket": str(pager), **way}
         case _:
-            print("latepage vm restore: give exactly one of --read, --map and --pager", file=sys.stderr)
+            print("latepage vm restore: give exactly one of --read, --map, --late and --pager", file=sys.stderr)
             return 2
-    for what, path in (("state", state), ("memory", read or map)):
+    for what, path in (("state", state), ("memory", read or map or late)):
         if path is not None and not path.exists():
             print(f"latepage vm restore: there is no {what} file {path}; check the path, or save a VM first", file=sys.stderr)
             return 1
@@ -222,7 +236,7 @@ def job(
     wait: bool = True,
     json: Flag = False,
 ) -> int:
-    """Have the guest of the VM at API_SOCK do a job: fill, dirty, verify, touch or count.
+    """Have the guest of the VM at API_SOCK do a job: fill, dirty, verify, touch, say or count.
 
     Ends with 1 if a page was wrong.
 
@@ -290,6 +304,8 @@ def report(api_sock: Path, /, *, json: Flag = False) -> None:
         lines.append(f"  error     {fields['error']}")
     if fields["pager"]:
         lines.append(f"  pager     {fields['pager'][0]} ({fields['pager'][1]} handshake)")
+    if fields["late"]:
+        lines.append(f"  late      {_late(fields['late'])}")
     for label, of in (("job", fields["job"]), ("last job", fields["last_job"])):
         if of:
             wrong = _wrong(of["wrong_pages"], of["wrong"])
@@ -397,6 +413,12 @@ def _guest(fields: dict[str, Any]) -> str:
     kind = "on KVM" if fields["guest"] == "kvm" else "threads in place of a guest (no KVM)"
     memory = f"{_size(fields['memory'])} of {fields['backing'].replace('_', ' ')} memory"
     return f"{kind}, {fields['vcpus']} vCPU{'s' if fields['vcpus'] > 1 else ''}, {memory}"
+
+
+def _late(fields: dict[str, Any]) -> str:
+    by = f"exit by {fields['trap']}" if fields["trap"] else fields["delivery"]
+    counts = f"{fields['exits']} exits, {fields['faults']} faults, {fields['filled']} pages filled, {fields['zero']} zero"
+    return f"{fields['memory_file']} ({by}): {counts}"
 
 
 def _compared(fields: dict[str, Any]) -> str:

@@ -16,8 +16,8 @@ socket of either. All three take the same requests.
 from latepage.kvm.client import Client
 from latepage.kvm.jobs import Action, Comparison, Job, JobReport, Order
 from latepage.kvm.process import VmProcess
-from latepage.kvm.requests import Report, Requests, SaveReport
-from latepage.kvm.vm import Backing, ConfigError, Guest, Handshake, Vm
+from latepage.kvm.requests import LateReport, Report, Requests, SaveReport
+from latepage.kvm.vm import Backing, ConfigError, Delivery, Guest, Handshake, Trap, Vm
 
 __all__ = [
     "Action",
@@ -25,14 +25,17 @@ __all__ = [
     "Client",
     "Comparison",
     "ConfigError",
+    "Delivery",
     "Guest",
     "Handshake",
     "Job",
     "JobReport",
+    "LateReport",
     "Order",
     "Report",
     "Requests",
     "SaveReport",
+    "Trap",
     "Vm",
     "VmProcess",
 ]

@@ -13,7 +13,7 @@ from typing import Any
 from latepage.errors import GuestError
 from latepage.kvm.host import Life, live
 from latepage.kvm.jobs import Job
-from latepage.kvm.vm import ConfigError, default_name
+from latepage.kvm.vm import ConfigError, default_name, late_memory
 
 __all__ = ["main"]
 
@@ -58,7 +58,11 @@ def parser() -> argparse.ArgumentParser:
     origin = restore.add_mutually_exclusive_group(required=True)
     origin.add_argument("--read", metavar="MEMORY", help="read this memory file in first")
     origin.add_argument("--map", metavar="MEMORY", help="map this memory file")
+    origin.add_argument("--late", metavar="MEMORY", help="bring this memory file's pages when they are touched")
     origin.add_argument("--pager", metavar="SOCKET", help="have a pager bring the memory")
+    restore.add_argument("--delivery", choices=("uffd", "exit"), help="with --late: how accesses reach the VMM")
+    restore.add_argument("--trap", choices=("bitmap", "attributes"), help="with --delivery exit: what makes them exits")
+    restore.add_argument("--window", type=int, metavar="BYTES", help="with --late: what comes with a touched page")
     restore.add_argument("--handshake", choices=("firecracker", "latepage"), default="latepage")
     restore.add_argument("--send-memory", choices=("yes", "no"), help="whether the memfd goes with the handshake")
     restore.add_argument("--backing", choices=("shared", "private", "anonymous", "hugetlb"))
@@ -100,6 +104,10 @@ def life(chosen: argparse.Namespace) -> Life:
 
 
 def _memory(chosen: argparse.Namespace) -> dict[str, Any]:
+    if chosen.late is not None:
+        return late_memory(chosen.late, chosen.delivery or "uffd", chosen.trap, chosen.window)
+    if (chosen.delivery, chosen.trap, chosen.window) != (None, None, None):
+        raise ConfigError("--delivery, --trap and --window go with --late only")
     if chosen.pager is not None:
         send = None if chosen.send_memory is None else chosen.send_memory == "yes"
         return {"from": "pager", "socket": chosen.pager, "handshake": chosen.handshake, "send_memory": send}

@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 __all__ = ["Action", "Comparison", "Job", "JobReport", "Order"]
 
-Action = Literal["fill", "dirty", "verify", "touch", "count"]
+Action = Literal["fill", "dirty", "verify", "touch", "say", "count"]
 Order = Literal["sequential", "strided", "random"]
 
 
@@ -16,7 +16,8 @@ class Job:
 
     Attributes:
         action: `fill` writes the fingerprint of `seed` to all pages, `dirty` to those given; `verify` checks that each page
-            holds what was written to it last, or zeros; `touch` reads one word of each; `count` counts for ever.
+            holds what was written to it last, or zeros; `touch` reads one word of each; `say` puts the first byte of each out by
+            a string instruction, so that KVM itself reads it; `count` counts for ever.
         seed: the fingerprint to write, and the order drawn at random.
         order: the order in which each vCPU goes over its pages.
         pages: the pages as (first, count); all if None.

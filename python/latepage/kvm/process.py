@@ -12,7 +12,7 @@ from typing import Any, Self
 from latepage.errors import GuestError
 from latepage.kvm.client import Client
 from latepage.kvm.jobs import Job, JobReport
-from latepage.kvm.vm import Backing, Guest, Handshake
+from latepage.kvm.vm import Backing, Delivery, Guest, Handshake, Trap
 
 __all__ = ["VmProcess"]
 
@@ -59,6 +59,10 @@ class VmProcess:
         *jobs: Job,
         read: str | Path | None = None,
         map_file: str | Path | None = None,
+        late: str | Path | None = None,
+        delivery: Delivery | None = None,
+        trap: Trap | None = None,
+        window: int | None = None,
         pager: str | Path | None = None,
         handshake: Handshake = "latepage",
         send_memory: bool | None = None,
@@ -70,9 +74,13 @@ class VmProcess:
         save: tuple[str | Path, str | Path] | None = None,
         api_sock: str | Path | None = None,
     ) -> Self:
-        """A saved VM that runs `jobs`, its memory from one of `read`, `map_file` (memory files) and `pager` (a socket)."""
+        """A saved VM that runs `jobs`, its memory from one of `read`, `map_file`, `late` (memory files) and `pager` (a socket).
+
+        The other arguments are those of `Vm.restore`.
+        """
         arguments = ["restore", str(state_file)]
-        for flag, value in (("--read", read), ("--map", map_file), ("--pager", pager), ("--backing", backing)):
+        files = ("--read", read), ("--map", map_file), ("--late", late), ("--pager", pager), ("--backing", backing)
+        for flag, value in (*files, ("--delivery", delivery), ("--trap", trap), ("--window", window)):
             arguments += [] if value is None else [flag, str(value)]
         if pager is not None:
             arguments += ["--handshake", handshake]

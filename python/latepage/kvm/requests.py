@@ -10,7 +10,7 @@ from typing import Any, Self
 from latepage.errors import GuestError
 from latepage.kvm.jobs import Comparison, Job, JobReport
 
-__all__ = ["Report", "Requests", "SaveReport", "result_of"]
+__all__ = ["LateReport", "Report", "Requests", "SaveReport", "result_of"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,35 @@ class SaveReport:
 
 
 @dataclass(frozen=True)
+class LateReport:
+    """What a VMM has brought that brings its memory itself.
+
+    Attributes:
+        delivery: `uffd` or `exit`.
+        trap: what makes a vCPU's access an exit: `bitmap`, `attributes`, or None.
+        memory_file: where pages come from.
+        exits: memory-fault exits.
+        faults: faults by userfaultfd: KVM's own accesses, the VMM's, and those of vCPUs where there are no exits.
+        joined: of both, those for a page that was on its way already.
+        present: of both, those for a page that was there when they were looked at.
+        filled: pages filled from the memory file.
+        zero: pages that came as zero.
+        beside: pages that came beside one that was wanted.
+    """
+
+    delivery: str
+    trap: str | None
+    memory_file: str
+    exits: int
+    faults: int
+    joined: int
+    present: int
+    filled: int
+    zero: int
+    beside: int
+
+
+@dataclass(frozen=True)
 class Report:
     """A VM at a glance. Times are nanoseconds of CLOCK_MONOTONIC since the VM began to be created or restored.
 
@@ -44,6 +73,7 @@ class Report:
         pages: how many pages are fingerprinted: all but the first 2 MiB.
         contents: pages by the seed written to them last (None: they are zero).
         pager: the pager's socket and the form of the handshake, if a pager brings its memory.
+        late: what has come, and how, if the VMM itself brings its memory.
         origin_monotonic_ns: CLOCK_MONOTONIC when the VM began to be created or restored.
         ready_ns: when it was ready to run.
         first_instruction_ns: when the guest ran its first instruction.
@@ -62,6 +92,7 @@ class Report:
     pages: int
     contents: dict[int | None, int]
     pager: tuple[str, str] | None
+    late: LateReport | None
     origin_monotonic_ns: int
     ready_ns: int
     first_instruction_ns: int | None
@@ -74,6 +105,7 @@ class Report:
         own = dict(fields)
         own["contents"] = dict(fields["contents"])
         own["pager"] = tuple(fields["pager"]) if fields["pager"] else None
+        own["late"] = LateReport(**fields["late"]) if fields["late"] else None
         for job in ("job", "last_job"):
             own[job] = JobReport.from_json(fields[job]) if fields[job] else None
         return cls(**own)
@@ -135,6 +167,10 @@ class Requests(ABC):
         """Saves the VM, each file whole or not at all. A running VM is paused for the time."""
         paths = {"state_file": str(Path(state_file).absolute()), "memory_file": str(Path(memory_file).absolute())}
         return SaveReport(**self.request("save", **paths))
+
+    def clock(self, gpa: int, *, vcpu: int = 0) -> None:
+        """Has KVM keep a vCPU's clock at this guest-physical address (32 bytes), as a guest's kernel asks it to."""
+        self.request("clock", vcpu=vcpu, gpa=gpa)
 
     def discard(
         self,

@@ -10,11 +10,13 @@ from latepage import _core
 from latepage.errors import GuestError
 from latepage.kvm.requests import Requests, result_of
 
-__all__ = ["Backing", "ConfigError", "Guest", "Handshake", "Vm"]
+__all__ = ["Backing", "ConfigError", "Delivery", "Guest", "Handshake", "Trap", "Vm"]
 
 Backing = Literal["shared", "private", "anonymous", "hugetlb"]
 Guest = Literal["auto", "kvm", "threads"]
 Handshake = Literal["firecracker", "latepage"]
+Delivery = Literal["uffd", "exit"]
+Trap = Literal["bitmap", "attributes"]
 
 
 class ConfigError(GuestError, ValueError):
@@ -73,6 +75,10 @@ class Vm(Requests):
         *,
         memory_file: str | Path | None = None,
         map_memory: bool = False,
+        late: bool = False,
+        delivery: Delivery = "uffd",
+        trap: Trap | None = None,
+        window: int | None = None,
         pager: str | Path | None = None,
         handshake: Handshake = "latepage",
         send_memory: bool | None = None,
@@ -87,6 +93,11 @@ class Vm(Requests):
             state_file: the state file.
             memory_file: the memory file, if it is the VMM that brings the memory.
             map_memory: map the memory file and let the kernel bring pages when they are touched, instead of reading it in.
+            late: have the VMM itself bring the memory file's pages when they are touched. The memory is shared memory.
+            delivery: how accesses to such pages reach the VMM: `uffd` (a thread of the VMM serves a userfaultfd), or `exit` (the
+                vCPU's own thread resolves a memory-fault exit).
+            trap: what makes a vCPU's access an exit; None means the best that this kernel has.
+            window: bytes that come with a touched page, a multiple of 4096, 65536 at most; None means the page alone.
             pager: a pager's socket, if it is a pager that brings the memory.
             handshake: the form in which the VM introduces itself.
             send_memory: whether the memfd of shared or private memory goes with latepage's handshake, so that the pager fills it
@@ -103,7 +114,13 @@ class Vm(Requests):
         memory: dict[str, Any]
         if (memory_file is None) == (pager is None):
             raise ConfigError("memory comes either from a memory file or from a pager: name one of the two")
-        if memory_file is not None:
+        if late and (memory_file is None or map_memory):
+            raise ConfigError("late memory comes from a memory file that is not mapped")
+        if not late and (delivery != "uffd" or trap is not None or window is not None):
+            raise ConfigError("delivery, trap and window go with late memory")
+        if memory_file is not None and late:
+            memory = late_memory(memory_file, delivery, trap, window)
+        elif memory_file is not None:
             memory = {"from": "map" if map_memory else "read", "memory_file": os.fspath(memory_file)}
         else:
             if map_memory:
@@ -168,6 +185,12 @@ class Vm(Requests):
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def late_memory(memory_file: str | Path, delivery: Delivery, trap: Trap | None, window: int | None) -> dict[str, Any]:
+    """Memory that the VMM itself brings, as a configuration has it."""
+    fields = {"memory_file": os.fspath(memory_file), "delivery": delivery, "trap": trap, "window": window}
+    return {"from": "late", **fields}
 
 
 def default_name() -> str:

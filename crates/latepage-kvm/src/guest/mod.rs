@@ -18,6 +18,8 @@ pub(crate) mod port {
     pub(crate) const WRONG: u16 = 0xE2;
     /// This vCPU's slice is done.
     pub(crate) const DONE: u16 = 0xE3;
+    /// The first byte of the page at rdi, put out by a string instruction.
+    pub(crate) const SAID: u16 = 0xE4;
 }
 
 /// The programs, in the order of the table at the start of the blob.
@@ -31,11 +33,13 @@ pub(crate) enum Program {
     VerifyList,
     Touch,
     TouchList,
+    Say,
+    SayList,
     Count,
 }
 
 impl Program {
-    const ALL: [Self; 9] = [
+    const ALL: [Self; 11] = [
         Self::Hello,
         Self::Fill,
         Self::FillList,
@@ -44,6 +48,8 @@ impl Program {
         Self::VerifyList,
         Self::Touch,
         Self::TouchList,
+        Self::Say,
+        Self::SayList,
         Self::Count,
     ];
 
@@ -70,7 +76,7 @@ mod tests {
         let blob = guest_code::blob();
         assert!(blob.len() as u64 <= CODE_LIMIT, "{} bytes of guest code", blob.len());
         let entries = Program::ALL.map(Program::entry);
-        assert!(entries.is_sorted() && entries[0] >= CODE + 4 * 9, "{entries:x?}");
+        assert!(entries.is_sorted() && entries[0] >= CODE + 4 * 11, "{entries:x?}");
         assert_eq!(Program::at(Program::Touch.entry()), Some(Program::Touch));
         assert_eq!(Program::at(Program::Touch.entry() + 1), None);
     }

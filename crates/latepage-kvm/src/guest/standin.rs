@@ -59,7 +59,7 @@ pub(crate) fn run(
 }
 
 fn next_page(program: Program, memory: &GuestMemory, registers: &mut Registers) -> Option<u64> {
-    if matches!(program, Program::FillList | Program::VerifyList | Program::TouchList) {
+    if matches!(program, Program::FillList | Program::VerifyList | Program::TouchList | Program::SayList) {
         if registers.r8 >= registers.r12 {
             return None;
         }
@@ -90,6 +90,10 @@ fn visit(
         registers.r14 = memory.load(CLASSES - 4096 + 8 * u64::from(class[0]));
     }
     match program {
+        Program::Say | Program::SayList => {
+            registers.rax = memory.load(offset) & 0xFF;
+            out(port::SAID, registers);
+        }
         Program::Touch | Program::TouchList => registers.rax = memory.load(offset),
         Program::Fill | Program::FillList => {
             for (at, value) in words(registers.r14, page) {

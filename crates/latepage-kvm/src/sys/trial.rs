@@ -9,12 +9,10 @@ use rustix::io::Errno;
 
 use crate::error::VmError;
 use crate::fingerprint::PAGE;
+use crate::sys::slots::KVM_MEM_USERFAULT;
 
 /// Where the guest has its page.
 pub(crate) const GPA: u64 = PAGE;
-
-/// `KVM_MEM_USERFAULT` of the patches that bring KVM Userfault; no released kernel has it.
-const KVM_MEM_USERFAULT: u32 = 1 << 3;
 
 /// A VM whose only page is `memory`; its vCPU stands at the start of it, in real mode.
 ///

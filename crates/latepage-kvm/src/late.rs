@@ -1,0 +1,231 @@
+//! Memory that the VMM itself brings, late: vCPUs' threads resolve their own exits, and a thread serves the userfaultfd over the guest
+//! view, through which KVM's own accesses come, and the VMM's.
+
+use std::ops::Range;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+
+use latepage::install::{PageBitmap, Trap};
+use latepage::session::{FaultWindow, Resolver, ResolverError, ResolverStats, Seat, Told};
+use latepage::source::FileSource;
+use rustix::event::EventfdFlags;
+use serde::Serialize;
+
+use crate::config::LateMemory;
+use crate::control::Control;
+use crate::error::VmError;
+use crate::fingerprint::PAGE;
+use crate::handshake::describe;
+use crate::machine::GuestKind;
+use crate::memory::GuestMemory;
+use crate::sys::slots::Slots;
+use crate::trap::{Attributes, TrapKind};
+
+/// How accesses to absent pages reach whoever resolves them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Delivery {
+    /// By userfaultfd, all of them.
+    #[default]
+    Uffd,
+    /// A vCPU's by a memory-fault exit, resolved on its own thread; others by userfaultfd.
+    Exit,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Late {
+    resolver: Arc<Resolver>,
+    delivery: Delivery,
+    memory_file: PathBuf,
+    kind: Option<TrapKind>,
+    bitmap: Option<Arc<PageBitmap>>,
+    attributes: Option<Arc<Attributes>>,
+    vcpus: usize,
+    stop: OwnedFd,
+    server: Mutex<Option<JoinHandle<()>>>,
+}
+
+/// What has been brought so far, and how.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct LateReport {
+    /// How accesses reach us.
+    pub delivery: Delivery,
+    /// What makes a vCPU's access an exit.
+    pub trap: Option<TrapKind>,
+    /// Where pages come from.
+    pub memory_file: PathBuf,
+    /// Memory-fault exits.
+    pub exits: u64,
+    /// Faults by userfaultfd: KVM's own accesses, the VMM's, and vCPUs' where there are no exits.
+    pub faults: u64,
+    /// Of both, those for a page that was on its way already.
+    pub joined: u64,
+    /// Of both, those for a page that was there when they were looked at.
+    pub present: u64,
+    /// Pages filled from the memory file.
+    pub filled: u64,
+    /// Pages that came as zero.
+    pub zero: u64,
+    /// Pages that came beside one that was wanted.
+    pub beside: u64,
+}
+
+impl Late {
+    /// Makes all of `memory` absent. From here on every touch of the guest view waits until [`start`](Self::start).
+    pub(crate) fn new(
+        memory: &GuestMemory,
+        config: &LateMemory,
+        vcpus: usize,
+        kind: GuestKind,
+    ) -> Result<Self, VmError> {
+        let Some(file) = memory.memfd_owned().filter(|_| memory.is_shared()) else {
+            return Err(VmError::Config(format!(
+                "late memory is filled through a second view, so it is shared memory; it cannot be {}",
+                memory.backing()
+            )));
+        };
+        let trap = match (config.delivery, kind) {
+            (Delivery::Uffd, _) if config.trap.is_some() => {
+                return Err(VmError::Config("a trap goes with the delivery exit".into()));
+            }
+            (Delivery::Uffd, _) => None,
+            (Delivery::Exit, GuestKind::Kvm) => Some(TrapKind::choose(config.trap)?),
+            (Delivery::Exit, _) => {
+                return Err(VmError::Config(
+                    "only a guest on KVM has memory-fault exits; threads take the delivery uffd".into(),
+                ));
+            }
+        };
+        let window = match config.window {
+            None => FaultWindow::default(),
+            Some(bytes) => FaultWindow::bytes(bytes).map_err(VmError::Config)?,
+        };
+        let layout = describe(memory)?;
+        let bitmap = match trap {
+            Some(TrapKind::Bitmap) => {
+                let made =
+                    PageBitmap::create(&layout).map_err(|errno| VmError::call("memfd_create", errno))?;
+                let mapped = PageBitmap::map(made, &layout);
+                Some(Arc::new(mapped.map_err(|error| VmError::Config(format!("the bitmap: {error}")))?))
+            }
+            _ => None,
+        };
+        let attributes = (trap == Some(TrapKind::Attributes)).then(Arc::<Attributes>::default);
+        let armed: Option<Arc<dyn Trap>> = match (&bitmap, &attributes) {
+            (Some(bitmap), _) => Some(Arc::clone(bitmap) as _),
+            (_, Some(attributes)) => Some(Arc::clone(attributes) as _),
+            (None, None) => None,
+        };
+        let refused = |why: String| VmError::LateMemory { path: config.memory_file.clone(), why };
+        let source =
+            Arc::new(FileSource::open(&config.memory_file).map_err(|error| refused(error.to_string()))?);
+        let resolver =
+            Resolver::new(layout, file, source, armed, vcpus + 1, window).map_err(|error| match error {
+                ResolverError::Userfaultfd(error) => VmError::Userfaultfd(error),
+                ResolverError::Register(error) => VmError::Register(error),
+                ResolverError::Map(error) => VmError::Map(error),
+                error @ (ResolverError::Source(_) | ResolverError::HugePages) => refused(error.to_string()),
+            })?;
+        let stop = rustix::event::eventfd(0, EventfdFlags::CLOEXEC)
+            .map_err(|errno| VmError::call("eventfd", errno))?;
+        Ok(Self {
+            resolver,
+            delivery: config.delivery,
+            memory_file: config.memory_file.clone(),
+            kind: trap,
+            bitmap,
+            attributes,
+            vcpus,
+            stop,
+            server: Mutex::default(),
+        })
+    }
+
+    /// Serves the userfaultfd from now on. A page that cannot be had fails the VM.
+    pub(crate) fn start(&self, control: &Arc<Control>) -> Result<(), VmError> {
+        let mut seat = self.resolver.seat(self.vcpus).expect("no vCPU has that number");
+        let stop = self.stop.try_clone().map_err(|source| VmError::thread(&source))?;
+        let control = Arc::clone(control);
+        let server = thread::Builder::new().name("late-memory".into()).spawn(move || {
+            let served = seat.serve(stop.as_fd(), |told| match told {
+                Told::Unresolved(unresolved) => control.cannot_go_on(unresolved.to_string()),
+                // What matters of it comes as a page that cannot be had.
+                Told::Source(_) => {}
+            });
+            if let Err(errno) = served {
+                control.cannot_go_on(format!("the userfaultfd cannot be served any more: {errno}"));
+            }
+        });
+        let server = server.map_err(|source| VmError::thread(&source))?;
+        *self.server.lock().unwrap_or_else(PoisonError::into_inner) = Some(server);
+        Ok(())
+    }
+
+    /// What type of VM it takes.
+    pub(crate) fn trap(&self) -> Option<TrapKind> {
+        self.kind
+    }
+
+    /// What KVM looks at for each page.
+    pub(crate) fn bitmap(&self) -> Option<&Arc<PageBitmap>> {
+        self.bitmap.as_ref()
+    }
+
+    /// Arms the trap of a VM whose slots are there.
+    pub(crate) fn arm(&self, slots: &Arc<Slots>) -> Result<(), VmError> {
+        if let Some(attributes) = &self.attributes {
+            attributes.attach(slots);
+        }
+        self.resolver.arm().map_err(|errno| VmError::Kvm { call: "KVM_SET_MEMORY_ATTRIBUTES", errno })
+    }
+
+    /// Where vCPU `index` resolves its exits.
+    pub(crate) fn seat(&self, index: usize) -> Option<Seat> {
+        self.kind.and_then(|_| self.resolver.seat(index))
+    }
+
+    /// Discards `length` bytes of memory from `offset` on.
+    pub(crate) fn discard(&self, memory: &GuestMemory, offset: u64, length: u64) -> Result<(), VmError> {
+        let layout = self.resolver.layout();
+        let end = ((offset + length) / PAGE) as u32;
+        let mut at = (offset / PAGE) as u32;
+        while at < end {
+            let run: Range<u32> = at..end.min(layout.region_end(at));
+            at = run.end;
+            let (start, bytes) = (u64::from(run.start) * PAGE, run.len() as u64 * PAGE);
+            self.resolver
+                .discard(run, || memory.punch(start, bytes))
+                .map_err(|errno| VmError::call("madvise(MADV_REMOVE)", errno))?;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn report(&self) -> LateReport {
+        let ResolverStats { exits, faults, joined, present, filled, zero, beside } = self.resolver.stats();
+        LateReport {
+            delivery: self.delivery,
+            trap: self.kind,
+            memory_file: self.memory_file.clone(),
+            exits,
+            faults,
+            joined,
+            present,
+            filled,
+            zero,
+            beside,
+        }
+    }
+}
+
+/// When nobody touches the memory any more.
+impl Drop for Late {
+    fn drop(&mut self) {
+        let _ = rustix::io::write(&self.stop, &1u64.to_ne_bytes());
+        if let Some(server) = self.server.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            let _ = server.join();
+        }
+    }
+}
