@@ -59,7 +59,7 @@ def test_the_deliveries_that_latepage_has_are_told_from_those_to_come() -> None:
     deliveries = check("--json").report["deliveries"]
     assert {name: delivery["in_latepage"] for name, delivery in deliveries.items()} == {
         "uffd": True,
-        "exit": False,
+        "exit": True,
         "notify": False,
     }
     for delivery in deliveries.values():

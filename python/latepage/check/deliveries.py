@@ -48,8 +48,14 @@ DELIVERIES: dict[str, tuple[bool, tuple[tuple[str, ...], ...], str]] = {
         "the VMM hands its userfaultfd to the pager",
     ),
     "exit": (
-        False,
-        (EXITS, ("kvm.memory_fault_info",), ("userfaultfd.kernel",)),
+        True,
+        (
+            EXITS,
+            ("kvm.memory_fault_info",),
+            ("memory.memfd",),
+            ("userfaultfd.kernel",),
+            ("userfaultfd.feature.minor_shmem",),
+        ),
         "a vCPU's access leaves the guest and is resolved on its own thread; KVM's own accesses still come by userfaultfd",
     ),
     "notify": (

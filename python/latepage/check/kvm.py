@@ -27,11 +27,11 @@ SW_PROTECTED_VM = 1
 CAPABILITIES: dict[str, tuple[int, str, Need, str, str]] = {
     # key: (number, name, who needs it, what it brings, what to do where it lacks)
     "sync_mmu": (16, "memory follows the VMM's", "feature", "pages that are installed late reach the guest", ""),
-    "memory_fault_info": (232, "memory-fault exits", "later", "an exit says which page it wants", "Linux 6.8 has it"),
+    "memory_fault_info": (232, "memory-fault exits", "feature", "an exit says which page it wants", "Linux 6.8 has it"),
     "memory_attributes": (
         233,
         "memory attributes",
-        "later",
+        "info",
         "pages of a VM can be marked, so that touching one is an exit",
         "needs Linux 6.8 built with CONFIG_KVM_SW_PROTECTED_VM=y (or SEV-SNP, TDX)",
     ),
@@ -121,17 +121,17 @@ def _items(asked: list[int]) -> Iterator[Item]:
         kvm,
         "attributes",
         "exits by memory attributes",
-        "later",
+        "feature",
         "a vCPU's access to a marked page came back as an exit, and went on",
-        "needs memory attributes (above), for VMs of the type KVM_X86_SW_PROTECTED_VM",
+        "needs Linux 6.8 built with CONFIG_KVM_SW_PROTECTED_VM=y; the delivery exit takes this or KVM Userfault, uffd neither",
     )
     yield _trial(
         kvm,
         "userfault",
         "exits by KVM Userfault",
-        "later",
+        "feature",
         "a vCPU's access to a page of the bitmap came back as an exit, and went on",
-        "only some vendors' kernels carry these patches",
+        "only some vendors' kernels carry these patches; the delivery exit takes this or memory attributes, uffd neither",
     )
     yield from _guest_memfd(kvm, asked)
 
