@@ -49,8 +49,10 @@ impl Session {
     /// are in the guest, where poison does not reach: the VM is killed, whatever its policy says.
     pub(super) fn distrust(&self, core: &mut Core, run: Range<u32>, demand: Demand, reason: &str) {
         self.stats.counters.failures.add(1);
+        // What comes ahead of every fault comes for a page that there is not.
+        let demanded = demand.filter(|(page, _)| run.contains(page));
         let (page, since) =
-            demand.map_or_else(|| (run.start, Instant::now()), |(page, wait)| (page, wait.since));
+            demanded.map_or_else(|| (run.start, Instant::now()), |(page, wait)| (page, wait.since));
         let action = self.kill();
         let hva = self.layout.place(page).hva;
         if action.holds() && !core.waiting.stuck(hva, since) {

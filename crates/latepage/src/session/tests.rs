@@ -21,8 +21,8 @@ use crate::attachment::{Backing, Form, Hello};
 use crate::delivery::{Batch, Delivery, DeliveryError, Fault, FaultFlags};
 use crate::install::{Install, Outcome, Stop};
 use crate::memory::{Layout, PageSize, PageState, Region};
-use crate::source::{Answer, Source, SourceError};
-use crate::sys::mapping::Window;
+use crate::source::{Answer, AtHand, Source, SourceError};
+use crate::sys::mapping::{Mapping, Window};
 use crate::sys::uffd::{Features, Userfaultfd};
 
 /// One that comes is served by whoever holds the gate, or by himself: in every interleaving of many.
@@ -300,6 +300,60 @@ impl Source for Ones {
     }
 }
 
+/// 128 pages that are all at hand, until nobody can vouch for them any more.
+struct Shown {
+    view: Mapping,
+    vouches: AtomicU64,
+}
+
+impl Shown {
+    fn new(vouches: u64) -> Arc<Self> {
+        let file = crate::sys::memfd::create("shown", 0).unwrap();
+        rustix::fs::ftruncate(&file, 128 * 4096).unwrap();
+        let view = Mapping::read_only(file.as_fd(), 128 * 4096).unwrap();
+        Arc::new(Self { view, vouches: AtomicU64::new(vouches) })
+    }
+}
+
+impl Source for Shown {
+    fn describe(&self) -> String {
+        "shown".to_owned()
+    }
+
+    fn size(&self) -> u64 {
+        128 * 4096
+    }
+
+    fn ask<'a>(
+        &'a self,
+        _: u64,
+        _: usize,
+        _: usize,
+        _: &'a mut [u8],
+    ) -> Result<Answer<'a>, SourceError> {
+        Ok(Answer::Later)
+    }
+
+    fn at_hand(&self, offset: u64, length: usize, _: usize) -> Option<AtHand<'_>> {
+        Some(AtHand::Contents(self.view.window(offset as usize, length)))
+    }
+
+    fn vouch(&self) -> Result<(), SourceError> {
+        let left = self.vouches.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1));
+        left.map(drop).map_err(|_| SourceError::OpenedForWriting { path: "shown".into() })
+    }
+
+    fn wait<'a>(
+        &'a self,
+        offset: u64,
+        length: usize,
+        unit: usize,
+        scratch: &'a mut [u8],
+    ) -> Result<Answer<'a>, SourceError> {
+        self.ask(offset, length, unit, scratch)
+    }
+}
+
 struct Ear(Log);
 
 impl Host for Ear {
@@ -332,6 +386,12 @@ struct Staged {
 impl Staged {
     /// A session of eight pages, part of this very process. `None` where there is no userfaultfd.
     fn new(on_missing: OnMissing) -> Option<Self> {
+        let policy = Policy { on_missing, fault_around: FaultAround::NONE, ..Policy::default() };
+        Self::of(Arc::new(Ones), policy)
+    }
+
+    /// The same, of as many pages as the source has, and with this policy.
+    fn of(source: Arc<dyn Source>, policy: Policy) -> Option<Self> {
         let userfaultfd = match Userfaultfd::create(Features::empty()) {
             Ok(made) => made,
             Err(error) => {
@@ -340,7 +400,7 @@ impl Staged {
             }
         };
         let region =
-            Region { gpa: None, hva: 1 << 30, size: 8 * 4096, offset: 0, page_size: PageSize::Small };
+            Region { gpa: None, hva: 1 << 30, size: source.size(), offset: 0, page_size: PageSize::Small };
         let hello = Hello {
             form: Form::Latepage,
             name: Some("staged".to_owned()),
@@ -353,9 +413,8 @@ impl Staged {
         };
         let log = Log::default();
         let peer = Peer { pid: Some(std::process::id()), process: None, socket: None };
-        let policy = Policy { on_missing, fault_around: FaultAround::NONE, ..Policy::default() };
         let host = Arc::new(Ear(Arc::clone(&log)));
-        let session = Session::new(1, hello, peer, Arc::new(Ones), policy, host).unwrap();
+        let session = Session::new(1, hello, peer, source, policy, host).unwrap();
         let (batches, stops) = (Arc::default(), Arc::default());
         let delivery = Told {
             batches: Arc::clone(&batches),
@@ -599,4 +658,17 @@ fn a_page_that_comes_releases_who_waits_at_any_delivery() {
         true
     }));
     assert_eq!(descriptors, 2);
+}
+
+/// Touches pages one after another until a run is so long that a part of it comes after its fault has been served.
+const GROWING: [u32; 6] = [0, 1, 3, 7, 15, 31];
+
+#[test]
+fn what_came_ahead_of_every_fault_and_cannot_be_believed_kills_the_vm() {
+    // One for each fault; the piece that comes behind the last one has none.
+    let Some(mut staged) = Staged::of(Shown::new(GROWING.len() as u64), Policy::default()) else { return };
+    let told: Vec<String> = GROWING.into_iter().flat_map(|page| staged.serve(&[], &[page], &[])).collect();
+    let end = &told[told.len() - 3..];
+    assert_eq!(end[..2], ["fill from a window 31..47", "fill from a window 47..63"]);
+    assert!(end[2].starts_with("failed Some(47) "), "{end:?}");
 }
