@@ -60,11 +60,12 @@ impl Session {
     ) {
         let page = fault.page;
         let place = self.layout.place(page);
-        let (plan, limit) = self.plan(core, fault, &place);
+        let (plan, least, limit) = self.plan(core, fault, &place);
         if plan.walked > 0 {
             self.stats.counters.beside_touched.add(u64::from(plan.walked));
         }
-        let end = self.claim_behind(page, plan.now.end.max(page.saturating_add(also + 1)).min(limit));
+        let wanted = plan.now.end.max(least).max(page.saturating_add(also + 1));
+        let end = self.claim_behind(page, wanted.min(limit));
         let (came, ending) = self.bring(core, bytes, &place, page..end, Some((page, wait)));
         if let Some(stream) = plan.stream {
             core.around.came(stream, &plan.now, came, (came - page).saturating_sub(1));
@@ -85,8 +86,9 @@ impl Session {
         }
     }
 
-    /// What is to come with a fault, and the page that it must not go beyond.
-    fn plan(&self, core: &mut Core, fault: Fault, place: &Place) -> (Plan, u32) {
+    /// What is to come with a fault, the page before which all comes with it whatever was touched before, and the page that it must
+    /// not go beyond.
+    fn plan(&self, core: &mut Core, fault: Fault, place: &Place) -> (Plan, u32, u32) {
         let unit = place.page_size.bytes();
         let region = self.layout.region_pages(place.region);
         let before = (place.offset % LONGEST / unit) as u32;
@@ -103,17 +105,19 @@ impl Session {
         };
         if fixed == Some(1) {
             // What comes alone follows nothing.
-            return (Plan::alone(fault.page), limit);
+            return (Plan::alone(fault.page), fault.page, limit);
         }
         let absent = |page| self.pages.state(page) == PageState::Absent;
-        let mut plan = core.around.plan(fault.page, fault.thread, place, stretch, fixed, absent);
+        let plan = core.around.plan(fault.page, fault.thread, place, stretch, fixed, absent);
+        let mut least = fault.page;
         if self.policy.population == Population::Background && fixed.is_none() {
             // All of it comes anyway: the rest of a piece may as well come now, and spares the guest a wait or two.
             let piece = (PIECE / unit).max(1) as u32;
             let left = (piece - ((place.offset % PIECE) / unit) as u32).min(limit - fault.page);
-            plan.now.end = plan.now.end.max(fault.page + left);
+            // Beside the plan: where it goes down, what lies behind the fault is there already, and keeps nothing from coming.
+            least += left;
         }
-        (plan, limit)
+        (plan, least, limit)
     }
 
     /// Claims the absent pages that follow `page`, up to the first that is not, and returns one past the last.

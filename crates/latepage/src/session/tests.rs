@@ -16,7 +16,9 @@ use super::batch::Fresh;
 use super::deliveries::Deliveries;
 use super::gate::Gate;
 use super::waiting::WaitingRoom;
-use super::{Action, Core, End, FaultAround, Host, LetGo, OnMissing, Peer, Policy, Report, Scratch, Session};
+use super::{
+    Action, Core, End, FaultAround, Host, LetGo, OnMissing, Peer, Policy, Population, Report, Scratch, Session,
+};
 use crate::attachment::{Backing, Form, Hello};
 use crate::delivery::{Batch, Delivery, DeliveryError, Fault, FaultFlags};
 use crate::install::{Install, Outcome, Stop};
@@ -671,4 +673,25 @@ fn what_came_ahead_of_every_fault_and_cannot_be_believed_kills_the_vm() {
     let end = &told[told.len() - 3..];
     assert_eq!(end[..2], ["fill from a window 31..47", "fill from a window 47..63"]);
     assert!(end[2].starts_with("failed Some(47) "), "{end:?}");
+}
+
+/// How many faults it takes to touch 128 pages one after another, downwards.
+fn faults_downwards(population: Population) -> Option<u32> {
+    let mut staged = Staged::of(Shown::new(u64::MAX), Policy { population, ..Policy::default() })?;
+    let mut faults = 0;
+    for page in (0..128).rev() {
+        if staged.session.pages().state(page) == PageState::Absent {
+            staged.serve(&[], &[page], &[]);
+            faults += 1;
+        }
+        while !staged.serve(&[], &[], &[]).is_empty() {}
+    }
+    Some(faults)
+}
+
+#[test]
+fn a_run_that_goes_down_grows_as_well_where_all_comes_anyway() {
+    let Some(alone) = faults_downwards(Population::None) else { return };
+    assert!(alone <= 9, "{alone} faults");
+    assert!(faults_downwards(Population::Background).unwrap() <= alone);
 }
