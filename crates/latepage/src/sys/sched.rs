@@ -73,6 +73,14 @@ impl Thread {
         rustix::thread::sched_setaffinity(Some(self.0), &cores.0)
     }
 
+    /// Where it may run.
+    ///
+    /// # Errors
+    /// The errno of sched_getaffinity(2): EINVAL where the machine has more than [`Cores::MOST`], ESRCH where the thread is gone.
+    pub fn cores(self) -> Result<Cores, Errno> {
+        rustix::thread::sched_getaffinity(Some(self.0)).map(Cores)
+    }
+
     /// Puts it into the real-time class SCHED_FIFO: 1 is the lowest priority there, 99 the highest.
     ///
     /// # Errors

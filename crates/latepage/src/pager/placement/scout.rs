@@ -296,17 +296,26 @@ impl Round {
 
     /// Has a worker take a stance. Whether it had another one.
     fn take(&self, worker: &Worker, stance: Stance) -> bool {
-        if worker.stance() == stance {
+        let before = worker.stance();
+        if before == stance {
             return false;
         }
         let machine = &self.scout.machine;
         let moved = match stance.on {
+            // So that it may spin where it must not say where it runs.
+            on if on == before.on => Ok(()),
             On::Any => worker.run_on(machine.allowed()),
             On::Node(node) => worker.run_on(machine.node(node)),
             On::Core(core) => worker.run_on(&[core].into_iter().collect()),
         };
-        // A core that has just been taken away from us: the worker stays where it is, and the next look finds another.
-        worker.set_stance(if moved.is_ok() { stance } else { Stance::BLOCK });
+        if moved.is_ok() {
+            worker.set_stance(stance);
+        } else {
+            // A core that has just been taken away from us. The next look finds another; until then the worker must not stay on the one
+            // before, which its stance would not say.
+            let _ = worker.run_on(machine.allowed());
+            worker.set_stance(Stance::BLOCK);
+        }
         true
     }
 }
@@ -317,4 +326,28 @@ struct Seen {
     workers: usize,
     /// Whether one of them took another stance.
     changed: bool,
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+    use crate::sys::sched::Cores;
+
+    #[test]
+    fn a_worker_whose_next_core_is_gone_does_not_stay_on_the_one_before() {
+        let here: Vec<usize> = Cores::allowed().unwrap().iter().collect();
+        let gone = Cores::MOST - 1;
+        let machine = Machine::fake(&[&[&here[..], &[gone]].concat()], 0);
+        let scout = Arc::new(Scout { machine, ..Scout::new() });
+        let round = Round::new(Arc::clone(&scout), Weak::new());
+        let (worker, thread) = Worker::start(0, Arc::clone(&scout), Box::new(|_| {})).unwrap();
+        let runs_on = || worker.thread().unwrap().cores().unwrap().iter().collect::<Vec<_>>();
+        let on = |core| Stance { on: On::Core(core), spin: Duration::ZERO };
+        assert!(round.take(&worker, on(here[0])));
+        assert_eq!(runs_on(), here[..1]);
+        assert!(round.take(&worker, on(gone)));
+        assert_eq!((worker.stance(), runs_on()), (Stance::BLOCK, here));
+        worker.stop();
+        thread.join().unwrap();
+    }
 }
