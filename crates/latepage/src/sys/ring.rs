@@ -78,6 +78,10 @@ impl Ring {
     /// What io_uring_enter(2) said.
     pub fn wait(&mut self) -> Result<Option<Done>, Errno> {
         while self.is_busy() {
+            // The device shall have what was begun while the caller sees to what has ended.
+            if !self.ring.submission().is_empty() && !self.ring.completion().is_empty() {
+                self.enter(0)?;
+            }
             if let Some(done) = self.finished() {
                 return Ok(Some(done));
             }
@@ -189,6 +193,17 @@ mod tests {
             results[done.slot] = Some(done.result);
         }
         assert_eq!(results, [Some(Ok(0)), Some(Err(Errno::ISDIR)), Some(Ok(3996))]);
+    }
+
+    #[test]
+    fn what_was_begun_is_under_way_while_what_has_ended_is_seen_to() {
+        let Some((mut ring, file)) = ring_and_file(3, 2) else { return };
+        ring.read(0, file.as_fd(), 0, 4096);
+        ring.read(1, file.as_fd(), 4096, 4096);
+        ring.enter(2).unwrap();
+        ring.read(2, file.as_fd(), 0, 4096);
+        assert!(ring.wait().unwrap().is_some());
+        assert!(ring.ring.submission().is_empty());
     }
 
     #[test]
