@@ -233,9 +233,9 @@ def _real_time() -> Item:
         name="real-time scheduling",
         state=known(there),
         found="a thread became SCHED_FIFO" if there else "a thread could not become SCHED_FIFO",
-        need="later",
+        need="feature",
         value={"granted": there, "rtprio": _limit(limit), "cap_sys_nice": nice},
-        todo=None if there else "ulimit -r 1 (systemd: LimitRTPRIO=1), or CAP_SYS_NICE; workers do not ask for it yet",
+        todo=None if there else "for serve --realtime: ulimit -r 1 (systemd: LimitRTPRIO=1), or CAP_SYS_NICE",
     )
 
 

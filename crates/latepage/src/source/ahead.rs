@@ -100,10 +100,11 @@ impl Ahead {
         start as u64 * STRETCH..(end as u64 * STRETCH).min(self.size)
     }
 
-    /// Something has been read: the last of a stretch, if it ends there.
+    /// Something has been read, or is hole: the last of each stretch that ends in it.
     pub(super) fn read(&self, range: &Range<u64>) {
-        if range.end.is_multiple_of(STRETCH) || range.end == self.size {
-            let stretch = &self.stretches[((range.end - 1) / STRETCH) as usize];
+        let first = (range.start / STRETCH) as usize;
+        let end = if range.end == self.size { self.stretches.len() } else { (range.end / STRETCH) as usize };
+        for stretch in &self.stretches[first..end] {
             let _ = stretch.compare_exchange(ASKED, READ, Ordering::Relaxed, Ordering::Relaxed);
         }
     }
@@ -133,6 +134,17 @@ mod tests {
         assert!(!ahead.is_coming(offset));
         assert_eq!(ahead.missed(offset), 5 * STRETCH + (256 << 10)..5 * STRETCH + (384 << 10));
         assert_eq!(Ahead::new(SIZE, 8 << 20).missed(offset), 8 << 20..16 << 20);
+    }
+
+    #[test]
+    fn every_stretch_that_ends_in_what_was_read_has_been() {
+        let ahead = Ahead::new(SIZE, 0);
+        assert_eq!(ahead.populating(0), 0..8 * STRETCH);
+        ahead.read(&(4096..2 * STRETCH + 4096));
+        let coming: Vec<bool> = (0..4).map(|stretch| ahead.is_coming(stretch * STRETCH)).collect();
+        assert_eq!(coming, [false, false, true, true]);
+        ahead.read(&(2 * STRETCH + 4096..SIZE));
+        assert!(!(0..SIZE / STRETCH).any(|stretch| ahead.is_coming(stretch * STRETCH)));
     }
 
     #[test]

@@ -133,8 +133,9 @@ impl Shared {
         self.wish.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The next piece to read: of the first range, and of its data. `None`: there is none now, or no more ever.
-    fn next(&self, wait: bool) -> Option<Range<u64>> {
+    /// The next piece to read, of the first range and of its data; and all that is done when it has been: with it, the holes around
+    /// it. `None`: there is none now, or no more ever.
+    fn next(&self, wait: bool) -> Option<(Range<u64>, Range<u64>)> {
         let mut wish = self.wish();
         loop {
             if wish.ended {
@@ -147,10 +148,11 @@ impl Shared {
                     continue;
                 };
                 let piece = data.start..data.end.min(range.end).min((data.start / PIECE + 1) * PIECE);
-                if piece.end < range.end {
-                    wish.ranges.push_front(piece.end..range.end);
+                let left = self.extents.data_from(piece.end).map_or(range.end, |data| data.start.min(range.end));
+                if left < range.end {
+                    wish.ranges.push_front(left..range.end);
                 }
-                return Some(piece);
+                return Some((piece, range.start..left));
             }
             if !wait {
                 return None;
@@ -163,19 +165,19 @@ impl Shared {
         let (mut with, mut under_way) = (Looking::new(), VecDeque::with_capacity(DEPTH));
         loop {
             while under_way.len() < DEPTH {
-                let Some(piece) = self.next(under_way.is_empty()) else { break };
+                let Some((piece, done)) = self.next(under_way.is_empty()) else { break };
                 if !self.is_there(&piece) {
                     // The device is asked for all of it, and nobody waits yet.
                     let length = NonZeroU64::new(piece.end - piece.start);
                     let _ = rustix::fs::fadvise(&self.file.fd, piece.start, length, Advice::WillNeed);
                 }
-                under_way.push_back(piece);
+                under_way.push_back((piece, done));
             }
-            let Some(piece) = under_way.pop_front() else { return };
+            let Some((piece, done)) = under_way.pop_front() else { return };
             if !self.is_there(&piece) {
                 self.came(&piece, &mut with);
             }
-            self.ahead.read(&piece);
+            self.ahead.read(&done);
         }
     }
 
@@ -192,5 +194,35 @@ impl Shared {
 
     fn is_there(&self, piece: &Range<u64>) -> bool {
         self.cached.as_ref().is_some_and(|cached| cached.is_there(piece))
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use super::super::cached::STRETCH;
+    use super::super::lease::Guard;
+    use super::*;
+
+    #[test]
+    fn nothing_is_on_its_way_once_all_has_been_read_whatever_holes_there_are() {
+        let path = std::env::temp_dir().join(format!("latepage-cold-{}", std::process::id()));
+        let file = std::fs::File::create(&path).unwrap();
+        file.set_len(4 * STRETCH).unwrap();
+        // Each but the third has data in its first half alone.
+        for stretch in [0, 1, 3] {
+            file.write_all_at(&vec![1; STRETCH as usize / 2], stretch * STRETCH).unwrap();
+        }
+        drop(file);
+        let opened = Arc::new(Opened::open(path.clone()).unwrap());
+        let extents = Arc::new(Extents::find(opened.fd.as_fd(), opened.size).unwrap());
+        let guard = Guard::new(Arc::clone(&opened)).unwrap();
+        let cold = Cold::new(opened, extents, None, guard.trust());
+        cold.populating(0);
+        while (0..4).any(|stretch| cold.is_coming(stretch * STRETCH)) {
+            thread::yield_now();
+        }
+        std::fs::remove_file(path).unwrap();
     }
 }
