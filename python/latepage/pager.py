@@ -25,7 +25,7 @@ class Fallback(NamedTuple):
     """Something that was asked for and cannot be had.
 
     Attributes:
-        wish: `placement`, `realtime` or `nice`.
+        wish: `placement`, `realtime`, `nice` or `io_uring`.
         reason: why, what was done instead, and what it takes.
     """
 

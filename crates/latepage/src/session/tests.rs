@@ -17,7 +17,8 @@ use super::deliveries::Deliveries;
 use super::gate::Gate;
 use super::waiting::WaitingRoom;
 use super::{
-    Action, Core, End, FaultAround, Host, LetGo, OnMissing, Peer, Policy, Population, Report, Scratch, Session,
+    Action, Core, End, FaultAround, Host, LetGo, OnMissing, Peer, Policy, Population, Report, Scratch,
+    Session,
 };
 use crate::attachment::{Backing, Form, Hello};
 use crate::delivery::{Batch, Delivery, DeliveryError, Fault, FaultFlags};
@@ -326,13 +327,7 @@ impl Source for Shown {
         128 * 4096
     }
 
-    fn ask<'a>(
-        &'a self,
-        _: u64,
-        _: usize,
-        _: usize,
-        _: &'a mut [u8],
-    ) -> Result<Answer<'a>, SourceError> {
+    fn ask<'a>(&'a self, _: u64, _: usize, _: usize, _: &'a mut [u8]) -> Result<Answer<'a>, SourceError> {
         Ok(Answer::Later)
     }
 

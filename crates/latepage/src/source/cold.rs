@@ -148,7 +148,8 @@ impl Shared {
                     continue;
                 };
                 let piece = data.start..data.end.min(range.end).min((data.start / PIECE + 1) * PIECE);
-                let left = self.extents.data_from(piece.end).map_or(range.end, |data| data.start.min(range.end));
+                let left =
+                    self.extents.data_from(piece.end).map_or(range.end, |data| data.start.min(range.end));
                 if left < range.end {
                     wish.ranges.push_front(left..range.end);
                 }
