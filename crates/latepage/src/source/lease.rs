@@ -402,8 +402,10 @@ fn renew(watch: &Watch, breaks: &Breaks, ward: &mut Ward) {
 fn regain(watch: &Watch, breaks: &Breaks, ward: &mut Ward) {
     let moment = watch.now();
     let taken = breaks.take(watch.file.fd.as_fd());
-    // With the lease in hand nobody changes what this finds.
-    if let Some(how) = watch.file.difference() {
+    // With the lease in hand nobody changes what this finds. Who wrote and put the time of modification back left his mark in the
+    // other one: what is known of holes and zero pages may be as untrue as the contents.
+    let touched = || watch.file.identity().is_none().then_some("its time of change (ctime) differs");
+    if let Some(how) = watch.file.difference().or_else(touched) {
         ward.changed = Some(how);
         ward.notices.push(SourceNotice::Rewritten { path: watch.path(), how });
     } else if taken.is_ok() {

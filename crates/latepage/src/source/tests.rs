@@ -354,6 +354,22 @@ fn where_nobody_is_served_a_writer_need_not_wait() {
 }
 
 #[test]
+fn a_writer_that_puts_the_time_of_modification_back_is_found_out() {
+    use std::io::Write;
+
+    let scrap = Scrap::numbered(1);
+    let Some(source) = with_lease(&scrap, LONG) else { return };
+    let mut file = scrap.open_to_write().join().unwrap();
+    let before = file.metadata().unwrap().modified().unwrap();
+    file.write_all(&[9; 8]).unwrap();
+    file.set_modified(before).unwrap();
+    drop(file);
+    let how = "its time of change (ctime) differs";
+    notice(&source, |notice| matches!(notice, SourceNotice::Rewritten { how: found, .. } if *found == how));
+    assert!(source.admit(&layout(PAGE as u64)).is_err());
+}
+
+#[test]
 fn the_lease_and_its_thread_go_with_the_source() {
     let scrap = Scrap::numbered(1);
     let Some(source) = with_lease(&scrap, LONG) else { return };
