@@ -172,7 +172,8 @@ def test_the_room_for_vms_is_reckoned_by_what_they_take(
         pager.event("session-started", vm=vm.introduce(pager.socket, form="latepage"))
     while recorded and len(list((folder / "traces").iterdir())) < 2:
         os.sched_yield()
-    assert 2 * (each - 1) < len(pager.descriptors()) - alone <= 2 * each
+    # A memory file that is shared is written through a descriptor of its own.
+    assert 2 * (each - 1) < len(pager.descriptors()) - alone <= 2 * each + 1
 
 
 def test_a_user_that_is_none_is_not_understood() -> None:

@@ -27,7 +27,7 @@ __all__ = ["pager_items", "room_for"]
 DESCRIPTORS_FOR_ITSELF = 32
 """What a pager with one socket and four workers holds before any VM comes, and some room."""
 DESCRIPTORS_FOR_A_VM = 3
-"""Its connection, its userfaultfd and its pidfd."""
+"""Its connection, its userfaultfd and its pidfd; one that shares a memory file with the pager takes another one."""
 DESCRIPTORS_FOR_A_RECORDED_VM = DESCRIPTORS_FOR_A_VM + 1
 """With `--record`: its trace file too."""
 
