@@ -81,8 +81,10 @@ def test_what_the_unit_starts_listens_and_ends_with_0_on_sigterm(folder: Path) -
 
 @pytest.mark.needs("/dev/userfaultfd")
 @pytest.mark.needs_root
-def test_the_rights_of_the_unit_are_enough_to_serve_and_to_kill(folder: Path) -> None:
+def test_the_rights_of_the_unit_are_enough_to_serve_and_to_kill(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A VMM of another user is served, and killed when its page cannot be had."""
+    # As its CacheDirectory has it: a folder of the service's own user.
+    monkeypatch.setenv("CACHE_DIRECTORY", str(folder))
     if shutil.which("setpriv") is None:
         pytest.skip("no setpriv")
     capabilities = settings()["AmbientCapabilities"].lower().replace("cap_", "+").split()
