@@ -59,10 +59,8 @@ def test_a_window_brings_neighbours(snapshot: Snapshot) -> None:
         report = vm.report().late
         assert report is not None
         assert report.filled + report.zero == MEMORY // 4096
-        # A thread that a signal waits for asks again and again until its page is there: such a fault finds it present.
-        fresh = report.filled + report.zero - report.beside
-        assert fresh <= report.faults <= fresh + report.present + report.joined
-        assert fresh < MEMORY // 4096 // 10
+        assert report.beside > MEMORY // 4096 * 9 // 10
+        assert report.faults < MEMORY // 4096 // 10
 
 
 def test_discarded_pages_are_zero_and_never_the_snapshots(snapshot: Snapshot) -> None:

@@ -65,7 +65,7 @@ def test_every_absent_page_that_the_guest_touches_exits_once(snapshot: Snapshot,
         assert (first.delivery, first.trap) == ("exit", trap)
         # The guest's page tables and programs exit too.
         assert 0 < fresh(first) - PAGES < 12
-        assert fresh(first) <= first.filled + first.zero <= fresh(first) + first.faults
+        assert first.filled + first.zero == fresh(first) + first.faults
         # All is there: nothing exits any more.
         vm.run(Job("verify", order="strided"))
         assert vm.wait().is_right
@@ -125,7 +125,7 @@ def test_many_vcpus_resolve_their_exits_at_once(folder: Path, trap: Trap, vcpus:
         vm.run(Job("verify", order="random"))
         assert vm.wait().is_right
         report = brought(vm)
-        assert fresh(report) <= report.filled + report.zero <= fresh(report) + report.faults
+        assert report.filled + report.zero == fresh(report) + report.faults
         assert PAGES < fresh(report) < PAGES + 12
         assert vm.compare().is_right
         assert brought(vm).filled + brought(vm).zero == ALL
@@ -157,9 +157,7 @@ def test_kvms_clock_in_an_absent_page_is_written_into_the_snapshots_contents(sna
         vm.run(Job("touch", pages=((0, 1),)))
         vm.wait()
         after = brought(vm)
-        assert (after.exits, after.filled) == (before.exits, before.filled + 1)
-        # More than one where a signal waits for the vCPU's thread: it asks again and again until the page is there.
-        assert after.faults > before.faults
+        assert (after.exits, after.faults, after.filled) == (before.exits, before.faults + 1, before.filled + 1)
         vm.run(Job("touch", pages=((page, 1),)))
         vm.wait()
         assert brought(vm) == after
@@ -177,8 +175,7 @@ def test_the_operand_of_a_string_instruction_is_brought_for_kvm_itself(snapshot:
         vm.run(Job("say"))
         assert vm.wait().is_right
         after = brought(vm)
-        assert after.exits == before.exits
-        assert after.faults - before.faults >= PAGES - 8
+        assert (after.faults - before.faults, after.exits - before.exits) == (PAGES - 8, 0)
         assert (after.filled - before.filled, after.zero - before.zero) == (PAGES - 8 - HOLES[1], HOLES[1])
         # KVM has read them; a vCPU has no exit there any more, nor where the VMM wrote the tables of this job.
         vm.run(Job("verify"))

@@ -49,6 +49,7 @@ impl Seat {
                 return Ok(());
             }
             let resolver = Arc::clone(&self.resolver);
+            batch.clear();
             delivery.take(&resolver.layout, &mut batch).map_err(|error| error.errno)?;
             self.desk().faults.add(batch.faults.len() as u64);
             for fault in &batch.faults {
