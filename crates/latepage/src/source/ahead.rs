@@ -5,7 +5,7 @@
 //! behind a stretch that has been drawn in as many stretches as the misses before it promise.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicUsize, Ordering};
 
 use super::cached::STRETCH;
 
@@ -32,6 +32,8 @@ pub(super) struct Ahead {
     stretches: Box<[AtomicU8]>,
     /// How many stretches the last miss drew in that continued a sequence.
     depth: AtomicU32,
+    /// The stretch that whoever goes in that sequence was seen in last.
+    walker: AtomicUsize,
 }
 
 impl Ahead {
@@ -39,7 +41,7 @@ impl Ahead {
     pub(super) fn new(size: u64, device: u64) -> Self {
         let neighbourhood = device.next_power_of_two().clamp(NEIGHBOURHOODS.0, NEIGHBOURHOODS.1);
         let stretches = (0..size.div_ceil(STRETCH)).map(|_| AtomicU8::new(UNTOUCHED)).collect();
-        Self { size, neighbourhood, stretches, depth: AtomicU32::new(0) }
+        Self { size, neighbourhood, stretches, depth: AtomicU32::new(0), walker: AtomicUsize::new(0) }
     }
 
     fn state(&self, stretch: usize) -> u8 {
@@ -61,6 +63,7 @@ impl Ahead {
             _ if follows || offset == 0 => {
                 let depth = self.depth.load(Ordering::Relaxed).saturating_mul(2).clamp(1, DEEPEST);
                 self.depth.store(depth, Ordering::Relaxed);
+                self.walker.store(at, Ordering::Relaxed);
                 self.ask(at..at + depth as usize)
             }
             _ => {
@@ -77,10 +80,38 @@ impl Ahead {
 
     /// What to read because a VM is populated from this offset on; empty where it has been said before.
     pub(super) fn populating(&self, offset: u64) -> Range<u64> {
+        self.keep_ahead((offset / STRETCH) as usize)
+    }
+
+    /// What to read because this offset was touched, which may be the walker's of a sequence: the device shall not rest until he has
+    /// come to the end of what was drawn in. Empty where it is not his, or all is coming.
+    pub(super) fn touched(&self, offset: u64) -> Range<u64> {
         let at = (offset / STRETCH) as usize;
-        match self.state(at) {
-            ASKED | READ => 0..0,
-            _ => self.ask(at..at + DEEPEST as usize),
+        let walker = self.walker.load(Ordering::Relaxed);
+        // One stretch read because of one before it is no sequence yet.
+        if self.depth.load(Ordering::Relaxed) < 2 || !(walker..=walker + 2).contains(&at) {
+            return 0..0;
+        }
+        self.walker.store(at, Ordering::Relaxed);
+        self.keep_ahead(at)
+    }
+
+    /// Whether there may be a walker.
+    pub(super) fn has_walker(&self) -> bool {
+        self.depth.load(Ordering::Relaxed) >= 2
+    }
+
+    /// The walker has not been seen for long.
+    pub(super) fn lose_walker(&self) {
+        self.depth.store(0, Ordering::Relaxed);
+    }
+
+    /// The first stretches among so many from one on that neither come nor have come.
+    fn keep_ahead(&self, at: usize) -> Range<u64> {
+        let end = (at + DEEPEST as usize).min(self.stretches.len());
+        match (at..end).find(|stretch| !matches!(self.state(*stretch), ASKED | READ)) {
+            Some(first) => self.ask(first..end),
+            None => 0..0,
         }
     }
 
@@ -158,6 +189,21 @@ mod tests {
             at = range.end;
         }
         assert_eq!(drawn, [1, 2, 4, 8, 8, 8, 1]);
+    }
+
+    #[test]
+    fn a_walker_is_kept_ahead_of_and_nobody_else_is() {
+        let ahead = Ahead::new(SIZE, 128 << 10);
+        assert!(ahead.touched(0).is_empty(), "nobody has missed anything");
+        assert_eq!((ahead.missed(0), ahead.missed(STRETCH)), (0..STRETCH, STRETCH..3 * STRETCH));
+        // He goes on in what is there, and 16 MiB before him are asked for.
+        assert_eq!(ahead.touched(STRETCH + 4096), 3 * STRETCH..9 * STRETCH);
+        assert!(ahead.touched(STRETCH + 8192).is_empty());
+        assert_eq!(ahead.touched(2 * STRETCH), 9 * STRETCH..10 * STRETCH);
+        // Somebody who touches far away is another one.
+        assert!(ahead.touched(20 * STRETCH).is_empty() && ahead.touched(0).is_empty());
+        ahead.lose_walker();
+        assert!(!ahead.has_walker() && ahead.touched(3 * STRETCH).is_empty());
     }
 
     #[test]

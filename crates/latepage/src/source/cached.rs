@@ -102,6 +102,22 @@ impl Cached {
         self.there.fill(seen, true);
     }
 
+    /// Somebody has read this from the file, whole pages from a page's start on: they are in memory, and known.
+    pub(super) fn learn_from(&self, offset: u64, contents: &[u8], still: impl Fn() -> bool) {
+        let start = (offset / PAGE) as usize;
+        let pages = start..start + contents.len() / PAGE as usize;
+        if !offset.is_multiple_of(PAGE) || !still() {
+            return;
+        }
+        for (page, contents) in pages.clone().zip(contents.chunks_exact(PAGE as usize)) {
+            if all_zero(contents) {
+                self.zeros.zero.fill(page..page + 1, true);
+            }
+        }
+        self.zeros.known.fill(pages.clone(), true);
+        self.there.fill(pages, true);
+    }
+
     /// Unmaps all of it: what nobody has mapped can be evicted, by whoever wants that, and comes back page by page.
     pub(super) fn unmap(&self) {
         let _ = self.view.dont_need(0, self.view.len());

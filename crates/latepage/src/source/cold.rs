@@ -6,10 +6,11 @@
 use std::collections::VecDeque;
 use std::num::NonZeroU64;
 use std::ops::Range;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
 
 use rustix::fs::Advice;
 
@@ -23,8 +24,14 @@ use super::opened::Opened;
 
 /// Asked for at a time.
 const PIECE: u64 = 256 << 10;
-/// How many of them are under way.
+/// What a device must be told to read ahead for the kernel to keep enough under way by itself, in bytes.
+const DEEP: u64 = 1 << 20;
+/// How many of them are under way, where it does not.
 const DEPTH: usize = 16;
+
+/// Between two looks how far the walker of a sequence has come, and how long he may stand still.
+const GLANCE: Duration = Duration::from_millis(1);
+const PATIENCE: Duration = Duration::from_millis(50);
 
 /// What was read.
 #[derive(Debug, Default)]
@@ -49,6 +56,8 @@ struct Shared {
     trust: Trust,
     ahead: Ahead,
     counts: Counts,
+    /// The page that was touched last, as far as that is known.
+    touched: AtomicU64,
     wish: Mutex<Wish>,
     changed: Condvar,
 }
@@ -68,15 +77,24 @@ impl Cold {
         trust: Trust,
     ) -> Self {
         let ahead = Ahead::new(file.size, file::read_ahead(file.fd.as_fd()));
-        let (wish, changed) = (Mutex::default(), Condvar::new());
-        let shared = Shared { file, extents, cached, trust, ahead, counts: Counts::default(), wish, changed };
+        let (wish, changed, counts) = (Mutex::default(), Condvar::new(), Counts::default());
+        let touched = AtomicU64::new(0);
+        let shared = Shared { file, extents, cached, trust, ahead, counts, touched, wish, changed };
         Self { shared: Arc::new(shared), thread: OnceLock::new() }
     }
 
     /// A guest waits for a page that was not in memory, and that the caller has read by now.
     pub(super) fn missed(&self, offset: u64) {
+        self.shared.touched.store(offset, Ordering::Relaxed);
         let range = self.shared.ahead.missed(offset);
         self.draw(range, true);
+    }
+
+    /// A page was touched, which may be in memory.
+    pub(super) fn touched(&self, offset: u64) {
+        if self.shared.ahead.has_walker() {
+            self.shared.touched.store(offset, Ordering::Relaxed);
+        }
     }
 
     /// A VM is populated from this offset on.
@@ -137,6 +155,7 @@ impl Shared {
     /// it. `None`: there is none now, or no more ever.
     fn next(&self, wait: bool) -> Option<(Range<u64>, Range<u64>)> {
         let mut wish = self.wish();
+        let mut seen = (self.touched.load(Ordering::Relaxed), Instant::now());
         loop {
             if wish.ended {
                 return None;
@@ -155,15 +174,37 @@ impl Shared {
                 }
                 return Some((piece, range.start..left));
             }
+            let touched = self.touched.load(Ordering::Relaxed);
+            let further = self.ahead.touched(touched);
+            if !further.is_empty() {
+                wish.ranges.push_back(further);
+                continue;
+            }
             if !wait {
                 return None;
             }
-            wish = self.changed.wait(wish).unwrap_or_else(PoisonError::into_inner);
+            if !self.ahead.has_walker() {
+                wish = self.changed.wait(wish).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            }
+            // He goes on in what is in memory, where nothing is said of it: to say it would be a system call for each fault.
+            wish = self.changed.wait_timeout(wish, GLANCE).unwrap_or_else(PoisonError::into_inner).0;
+            if touched != seen.0 {
+                seen = (touched, Instant::now());
+            } else if seen.1.elapsed() >= PATIENCE {
+                self.ahead.lose_walker();
+            }
         }
     }
 
     fn run(&self) {
-        let (mut with, mut under_way) = (Looking::new(), VecDeque::with_capacity(DEPTH));
+        let mut with = Looking::new();
+        if file::read_ahead(self.file.fd.as_fd()) >= DEEP
+            && let Ok(own) = file::open_again(self.file.fd.as_fd())
+        {
+            return self.read_along(own.as_fd(), &mut with);
+        }
+        let mut under_way = VecDeque::with_capacity(DEPTH);
         loop {
             while under_way.len() < DEPTH {
                 let Some((piece, done)) = self.next(under_way.is_empty()) else { break };
@@ -176,21 +217,41 @@ impl Shared {
             }
             let Some((piece, done)) = under_way.pop_front() else { return };
             if !self.is_there(&piece) {
-                self.came(&piece, &mut with);
+                self.count(&piece);
+                match &self.cached {
+                    Some(cached) => {
+                        cached.draw(&self.file, piece.clone(), &mut with, || self.trust.is_leased())
+                    }
+                    // So that no more is under way than there should be. Should it fail, whoever needs the page hears of that.
+                    None => drop(file::read(self.file.fd.as_fd(), &mut [0], piece.end - 1)),
+                }
             }
             self.ahead.read(&done);
         }
     }
 
-    /// Waits for a piece.
-    fn came(&self, piece: &Range<u64>, with: &mut Looking) {
+    /// Where the kernel itself keeps much under way ahead of whoever reads in sequence: it does so in larger units than it
+    /// would where it is only told that something will be needed. By an open of our own, so that the readers do not disturb the sequence.
+    fn read_along(&self, own: BorrowedFd<'_>, with: &mut Looking) {
+        let mut buffer = vec![0; PIECE as usize].into_boxed_slice();
+        while let Some((piece, done)) = self.next(true) {
+            if !self.is_there(&piece) {
+                self.count(&piece);
+                let into = &mut buffer[..(piece.end - piece.start) as usize];
+                let whole = file::read(own, into, piece.start) == Ok(into.len());
+                match &self.cached {
+                    Some(cached) if whole => cached.learn_from(piece.start, into, || self.trust.is_leased()),
+                    Some(cached) => cached.draw(&self.file, piece.clone(), with, || self.trust.is_leased()),
+                    None => {}
+                }
+            }
+            self.ahead.read(&done);
+        }
+    }
+
+    fn count(&self, piece: &Range<u64>) {
         self.counts.reads.fetch_add(1, Ordering::Relaxed);
         self.counts.bytes.fetch_add(piece.end - piece.start, Ordering::Relaxed);
-        match &self.cached {
-            Some(cached) => cached.draw(&self.file, piece.clone(), with, || self.trust.is_leased()),
-            // So that no more is under way than there should be. Should it fail, whoever needs the page hears of that.
-            None => drop(file::read(self.file.fd.as_fd(), &mut [0], piece.end - 1)),
-        }
     }
 
     fn is_there(&self, piece: &Range<u64>) -> bool {

@@ -249,6 +249,7 @@ impl Source for FileSource {
             Extent::Data(end) => match most.min((end - offset) / unit * unit) {
                 0 => None,
                 data => {
+                    self.cold.touched(offset);
                     let (cached, _) = self.at_hand.as_ref().filter(|_| self.guard.is_leased())?;
                     cached.at_hand(offset, data, unit)
                 }

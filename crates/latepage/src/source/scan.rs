@@ -2,13 +2,13 @@
 
 use std::num::NonZeroU64;
 use std::ops::Range;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
-use rustix::fs::{Advice, Mode, OFlags};
+use rustix::fs::Advice;
 
 use crate::sys::file;
 use crate::sys::mapping::Mapping;
@@ -158,8 +158,7 @@ impl FileSource {
     /// The file once more, by an open of its own of which the kernel reads nothing ahead: what it would read would seem to have been
     /// in memory before.
     fn for_scanning(&self) -> Option<OwnedFd> {
-        let path = format!("/proc/self/fd/{}", self.file.fd.as_raw_fd());
-        let fd = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).ok()?;
+        let fd = file::open_again(self.file.fd.as_fd()).ok()?;
         rustix::fs::fadvise(&fd, 0, None, Advice::Random).ok()?;
         Some(fd)
     }

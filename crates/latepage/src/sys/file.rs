@@ -2,9 +2,9 @@
 
 use std::fs;
 use std::io::IoSliceMut;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
-use rustix::fs::{Access, AtFlags, SeekFrom};
+use rustix::fs::{Access, AtFlags, Mode, OFlags, SeekFrom};
 use rustix::io::{Errno, ReadWriteFlags};
 
 /// `TMPFS_MAGIC` (`linux/magic.h`).
@@ -89,4 +89,13 @@ pub fn read_ahead(file: BorrowedFd<'_>) -> u64 {
         text.trim().parse::<u64>().ok()
     };
     told().unwrap_or(128) << 10
+}
+
+/// Opens a file once more for reading: an open file of its own, with its own place in what the kernel reads ahead.
+///
+/// # Errors
+/// What open(2) of /proc/self/fd said.
+pub fn open_again(file: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOCTTY, Mode::empty())
 }
