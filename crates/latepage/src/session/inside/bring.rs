@@ -50,7 +50,6 @@ impl Resolver {
             }
         };
         self.give_back(came..end);
-        desk.beside.add(u64::from(came - page - 1));
         Ok(self.pages.state(page) == PageState::Present)
     }
 
@@ -105,7 +104,9 @@ impl Resolver {
 
     /// Claimed pages hold their contents: they are stored as filled, and then exposed. Returns the end of the run.
     fn filled(&self, desk: &Desk, run: Range<u32>) -> Result<u32, String> {
+        // Before anybody goes on, and looks at the counts.
         desk.filled.add(u64::from(run.end - run.start));
+        desk.beside.add(u64::from(run.end - run.start - 1));
         let mut at = run.start;
         while at < run.end {
             let end = (at..run.end).find(|page| !self.pages.filled(*page)).unwrap_or(run.end);
@@ -122,6 +123,7 @@ impl Resolver {
     /// Claimed pages are zero. Returns the end of the run.
     fn zero(&self, desk: &Desk, run: Range<u32>) -> Result<u32, String> {
         desk.zero.add(u64::from(run.end - run.start));
+        desk.beside.add(u64::from(run.end - run.start - 1));
         let mut at = run.start;
         while at < run.end {
             match self.patiently(|| self.install.zero(&self.layout, at..run.end))? {
