@@ -99,7 +99,7 @@ class Policy:
                 f"fault_around is {around}: give auto, or a multiple of {format_size(PAGE)}, "
                 f"from {format_size(PAGE)} (only the page) to 1 GiB"
             )
-        if not PLACEMENT.fullmatch(self.placement):
+        if not PLACEMENT.fullmatch(str(self.placement)):
             raise PolicyError(
                 f"placement is {self.placement!r}: choose auto, block, spin, same-core, or core:N with the number of a core"
             )

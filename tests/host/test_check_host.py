@@ -77,6 +77,18 @@ def test_with_every_right_nothing_is_left_untried() -> None:
     assert items["kvm.exit_by_userfault"]["state"] != "unknown"
 
 
+def test_the_cores_and_the_nice_value_that_are_named_may_be_had() -> None:
+    core = min(os.sched_getaffinity(0))
+    items = check("--json", under=("taskset", "--cpu-list", str(core))).report["items"]
+    assert items["pager.cores"]["value"]["allowed"] == [core]
+    lowest = items["pager.nice"]["value"]["lowest"]
+    become = f"import os; os.setpriority(os.PRIO_PROCESS, 0, {lowest}); print(os.getpriority(os.PRIO_PROCESS, 0))"
+    if lowest < 0:
+        assert subprocess.check_output([sys.executable, "-c", become], text=True) == f"{lowest}\n"
+    else:
+        assert "LimitNICE" in items["pager.nice"]["todo"]
+
+
 @pytest.mark.needs_root
 def test_without_rights_it_works_and_says_what_was_not_tried() -> None:
     said = check("--json", under=UNPRIVILEGED)

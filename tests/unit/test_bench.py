@@ -225,6 +225,7 @@ def test_without_a_compiler_the_command_ends_with_1() -> None:
         (("nonsense",), "choose one of faults"),
         (("faults", "--rounds", "0"), "from 1 to 1000"),
         (("faults", "--json", "no/such/folder.json"), "in a folder that is there"),
+        (("faults", "--json", "/proc/figures.json"), "cannot be written"),
         (("faults", "--output", "/dev/null"), "no folder"),
     ],
 )

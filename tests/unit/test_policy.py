@@ -34,6 +34,7 @@ def test_every_field_is_a_flag_of_serve_with_the_same_default() -> None:
         ("placement", "core:01", "core:N with the number"),
         ("placement", "core:-1", "core:N with the number"),
         ("placement", "nowhere", "choose auto, block, spin"),
+        ("placement", 5, "choose auto, block, spin"),
         ("mode", 0o7777, "permissions of a file"),
         ("allow_uids", {-2}, "no user's id"),
         ("trace", -1, "number of entries"),

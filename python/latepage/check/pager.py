@@ -9,6 +9,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 
 from latepage import _core
 from latepage.check.capabilities import (
@@ -53,6 +54,9 @@ def pager_items() -> Iterator[Item]:
     yield _descriptors()
     yield _leases()
     yield _real_time()
+    yield _nice()
+    yield _cores()
+    yield _cpu_weight()
     yield _memory_lock()
     yield _io_uring()
 
@@ -237,6 +241,76 @@ def _real_time() -> Item:
         value={"granted": there, "rtprio": _limit(limit), "cap_sys_nice": nice},
         todo=None if there else "for serve --realtime: ulimit -r 1 (systemd: LimitRTPRIO=1), or CAP_SYS_NICE",
     )
+
+
+def _nice() -> Item:
+    # A thread may come down to 20 minus the limit; the limit of 0 allows none below what it has.
+    limit, capable = resource.getrlimit(resource.RLIMIT_NICE)[0], has_capability(CAP_SYS_NICE)
+    lowest = -20 if capable or limit == resource.RLIM_INFINITY else max(-20, 20 - limit)
+    allowed = lowest < 0
+    return Item(
+        key="pager.nice",
+        name="nice",
+        state=known(allowed),
+        found=f"down to {lowest}" if allowed else "nothing below 0",
+        need="feature",
+        value={"lowest": lowest, "limit": _limit(limit), "cap_sys_nice": capable},
+        todo=None if allowed else "for serve --nice: ulimit -e 40 (systemd: LimitNICE=-20), or CAP_SYS_NICE",
+    )
+
+
+def _cores() -> Item:
+    allowed, there = sorted(os.sched_getaffinity(0)), os.sysconf("SC_NPROCESSORS_ONLN")
+    return Item(
+        key="pager.cores",
+        name="cores",
+        state="yes",
+        found=f"{_ranges(allowed)}, which is what --placement core:N may name ({len(allowed)} of {there} online)",
+        need="info",
+        value={"allowed": allowed, "online": there},
+        todo="every worker shares the one core with its VMs: placement has nothing to choose" if len(allowed) == 1 else None,
+    )
+
+
+def _cpu_weight() -> Item:
+    """The weight of this process's cgroup among its siblings (cgroup v2; 100 is what every group has that was given none)."""
+    group = next((line.split("::", 1)[1].strip() for line in _lines("/proc/self/cgroup") if line.startswith("0::")), None)
+    folder = Path("/sys/fs/cgroup") / (group or "").lstrip("/")
+    weight = next(iter(_lines(folder / "cpu.weight")), None)
+    if weight is None:
+        found = "not known: no cgroup v2 with the CPU controller here"
+    else:
+        found = f"{weight.strip()} of 1 to 10,000; 100 is what every group begins with (systemd: CPUWeight=)"
+    return Item(
+        key="pager.cpu_weight",
+        name="CPU weight",
+        state="unknown" if weight is None else "yes",
+        found=found,
+        need="info",
+        value={"weight": None if weight is None else int(weight)},
+    )
+
+
+def _lines(path: str | Path) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
+
+
+def _ranges(cores: list[int]) -> str:
+    """Core numbers as people write them.
+
+    >>> _ranges([0, 1, 2, 5, 7, 8])
+    '0-2,5,7-8'
+    """
+    runs: list[list[int]] = []
+    for core in cores:
+        if runs and core == runs[-1][-1] + 1:
+            runs[-1].append(core)
+        else:
+            runs.append([core])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def _memory_lock() -> Item:

@@ -141,6 +141,12 @@ def _misunderstood(question: str, json: Path | None, rounds: int | None, output:
         return f"--rounds is {rounds}: give a number from 1 to 1000"
     if json is not None and (json.is_dir() or not json.parent.is_dir()):
         return f"--json {json}: name a file in a folder that is there"
+    if json is not None:
+        # Tried before minutes of measuring, not after.
+        try:
+            json.open("a").close()
+        except OSError as error:
+            return f"--json {json}: it cannot be written ({error.strerror}); name a file that can"
     if output is not None and output.exists() and not output.is_dir():
         return f"--output {output}: that is no folder; name a folder, or one to be made"
     return None
