@@ -52,6 +52,7 @@ test-python: build wheel sdist ## Python's tests, the doc pages and the docstrin
 .PHONY: lab
 lab: build ## tests/lab inside two kernels of our own, with memory-fault exits (docs/lab.md)
 	@lab/build
+	cargo build --package latepage-examples --locked --quiet
 	lab/run stock -- $(BIN)/pytest tests/lab
 	lab/run userfault -- $(BIN)/pytest tests/lab
 
