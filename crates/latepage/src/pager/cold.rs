@@ -24,6 +24,8 @@ const MOST: usize = 64 << 10;
 
 /// What a thread that cannot do it is asked to do instead.
 pub(super) type Otherwise = Box<dyn Fn(Arc<Session>, u32) + Send>;
+/// Who is told why it cannot any more.
+pub(super) type Tell = Box<dyn Fn(Errno) + Send>;
 
 /// The side of the thread that others see.
 pub(super) struct ColdReads {
@@ -43,12 +45,12 @@ impl ColdReads {
     ///
     /// # Errors
     /// Why there is no ring, or no thread: then the readers do all.
-    pub(super) fn start(otherwise: Otherwise) -> Result<(Arc<Self>, JoinHandle<()>), Errno> {
+    pub(super) fn start(otherwise: Otherwise, tell: Tell) -> Result<(Arc<Self>, JoinHandle<()>), Errno> {
         let ring = Ring::new(SLOTS + 1, MOST)?;
         // Blocking: a read of it waits in the ring until it rings.
         let bell = eventfd(0, EventfdFlags::CLOEXEC)?;
         let reads = Arc::new(Self { state: Mutex::default(), bell });
-        let thread = Thread { shared: Arc::clone(&reads), ring, under_way: Vec::new(), otherwise };
+        let thread = Thread { shared: Arc::clone(&reads), ring, under_way: Vec::new(), otherwise, tell };
         let builder = std::thread::Builder::new().name("latepage-ring".to_owned());
         let handle = builder
             .spawn(move || thread.run())
@@ -70,6 +72,11 @@ impl ColdReads {
         drop(state);
         self.ring();
         true
+    }
+
+    /// Whether it takes nothing any more.
+    pub(super) fn is_over(&self) -> bool {
+        self.state().over
     }
 
     /// Ends the thread. What was not done is dropped.
@@ -96,11 +103,13 @@ struct UnderWay {
     waiting: Vec<(Arc<Session>, u32)>,
 }
 
+/// Fields drop in their order: the sources, and so their files, after the ring, which may still hand the kernel reads of them.
 struct Thread {
     shared: Arc<ColdReads>,
     ring: Ring,
     under_way: Vec<UnderWay>,
     otherwise: Otherwise,
+    tell: Tell,
 }
 
 impl Thread {
@@ -113,7 +122,9 @@ impl Thread {
             }
             let done = match self.ring.wait() {
                 Ok(Some(done)) => done,
-                Ok(None) | Err(_) => return self.give_up(),
+                // The bell is always under way.
+                Ok(None) => return self.give_up(Errno::INVAL),
+                Err(errno) => return self.give_up(errno),
             };
             if done.slot == BELL {
                 self.ring.read(BELL, self.shared.bell.as_fd(), 0, 8);
@@ -177,15 +188,16 @@ impl Thread {
     }
 
     /// The ring is of no more use: the readers do what is left, and what comes.
-    fn give_up(mut self) {
+    fn give_up(mut self, why: Errno) {
         let left = {
             let mut state = self.shared.state();
             state.over = true;
             std::mem::take(&mut state.jobs)
         };
-        let under_way = std::mem::take(&mut self.under_way);
-        let waiting = under_way.into_iter().flat_map(|read| read.waiting);
-        waiting.chain(left).for_each(|(session, page)| (self.otherwise)(session, page));
+        let otherwise = &self.otherwise;
+        let waiting = self.under_way.iter_mut().flat_map(|read| read.waiting.drain(..));
+        waiting.chain(left).for_each(|(session, page)| otherwise(session, page));
+        (self.tell)(why);
     }
 }
 

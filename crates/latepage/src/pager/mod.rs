@@ -296,7 +296,7 @@ impl Pager {
 
     /// Whether what faults wait for is read by io_uring, and not by threads.
     pub fn reads_by_ring(&self) -> bool {
-        self.shared.cold.get().is_some()
+        self.shared.cold.get().is_some_and(|reads| !reads.is_over())
     }
 
     /// What was wished for and could not be had, each once.
@@ -469,22 +469,31 @@ impl Shared {
     }
 
     /// Has an io_uring read what faults wait for, if there is one to be had, and returns its thread.
-    fn read_by_ring(&self) -> Option<JoinHandle<()>> {
+    fn read_by_ring(self: &Arc<Self>) -> Option<JoinHandle<()>> {
         let readers = Arc::clone(&self.lanes.shared().readers);
         let otherwise = Box::new(move |session, page| readers.submit(Job::Read(session, page)));
-        match ColdReads::start(otherwise) {
+        let pager = Arc::downgrade(self);
+        let tell = Box::new(move |errno| {
+            if let Some(pager) = pager.upgrade() {
+                pager.without_ring(errno);
+            }
+        });
+        match ColdReads::start(otherwise, tell) {
             Ok((reads, thread)) => {
                 let _ = self.cold.set(reads);
                 Some(thread)
             }
             Err(errno) => {
-                let reason = format!(
-                    "io_uring: {errno}; what is not in memory is read by threads, a few pages at a time"
-                );
-                self.fall_back("io_uring", reason);
+                self.without_ring(errno);
                 None
             }
         }
+    }
+
+    fn without_ring(&self, errno: Errno) {
+        let reason =
+            format!("io_uring: {errno}; what is not in memory is read by threads, a few pages at a time");
+        self.fall_back("io_uring", reason);
     }
 
     /// Gives a worker its place among the threads of the machine, as far as that is allowed.
