@@ -3,6 +3,8 @@
 use std::ops::Range;
 
 use super::atomic::{AtomicU8, Ordering};
+#[cfg(not(loom))]
+use super::table::PageTable;
 use super::transitions::{Claim, PageState, STATES, Step};
 
 /// The state of every page of a session.
@@ -27,31 +29,67 @@ use super::transitions::{Claim, PageState, STATES, Step};
 /// ```
 #[derive(Debug)]
 pub struct Pages {
-    states: Vec<AtomicU8>,
+    states: States,
 }
+
+/// Where the bytes are.
+#[derive(Debug)]
+enum States {
+    /// This process's own.
+    Own(Vec<AtomicU8>),
+    /// Memory of the VMM's, which it may write to at any time.
+    #[cfg(not(loom))]
+    Handed(PageTable),
+}
+
+/// How often a step on a page of a handed table is tried again. Steps of ours meet there twice or thrice; who changes the byte so often
+/// is a VMM that scribbles, and it must not hold a worker up.
+#[cfg(not(loom))]
+const MOST_TRIES: u32 = 64;
 
 impl Pages {
     /// A table of `count` absent pages. It takes `count` bytes, none of them resident before its page is first touched.
     pub fn new(count: u32) -> Self {
         // Zeroed memory straight from the allocator, taken over in place: an optimised build does not even walk it.
         let states = vec![PageState::Absent as u8; count as usize];
-        Self { states: states.into_iter().map(AtomicU8::new).collect() }
+        Self { states: States::Own(states.into_iter().map(AtomicU8::new).collect()) }
+    }
+
+    /// A table that a VMM has handed over, in whatever states the pager before has left it: see [`take_over`](Self::take_over).
+    #[cfg(not(loom))]
+    pub fn handed(table: PageTable) -> Self {
+        Self { states: States::Handed(table) }
+    }
+
+    /// Whether the table outlives this process.
+    #[inline]
+    pub fn is_handed(&self) -> bool {
+        !matches!(self.states, States::Own(_))
+    }
+
+    #[inline]
+    fn states(&self) -> &[AtomicU8] {
+        match &self.states {
+            States::Own(states) => states,
+            #[cfg(not(loom))]
+            States::Handed(table) => table.states(),
+        }
     }
 
     /// How many pages there are.
     pub fn len(&self) -> u32 {
-        self.states.len() as u32
+        self.states().len() as u32
     }
 
     /// Whether there is no page at all.
     pub fn is_empty(&self) -> bool {
-        self.states.is_empty()
+        self.states().is_empty()
     }
 
     /// The page's state now. Another thread may have changed it before the caller looks.
     #[inline]
     pub fn state(&self, page: u32) -> PageState {
-        PageState::of(self.states[page as usize].load(Ordering::Acquire))
+        PageState::of(self.states()[page as usize].load(Ordering::Acquire))
     }
 
     /// For a fault: takes the page if nobody has, or says what is to be done instead.
@@ -102,7 +140,7 @@ impl Pages {
     pub fn absent_run(&self, from: u32, limit: u32) -> Range<u32> {
         let limit = limit.min(self.len());
         let from = from.min(limit);
-        let rest = &self.states[from as usize..limit as usize];
+        let rest = &self.states()[from as usize..limit as usize];
         let is_absent = |byte: &AtomicU8| peek(byte) == PageState::Absent;
         let skipped = rest.iter().take_while(|byte| !is_absent(byte)).count();
         let run = rest[skipped..].iter().take_while(|byte| is_absent(byte)).count();
@@ -115,7 +153,7 @@ impl Pages {
     /// Each page is counted once, in a state that it had during the walk.
     pub fn count(&self) -> [u64; STATES] {
         let mut counts = [0; STATES];
-        for byte in &self.states {
+        for byte in self.states() {
             counts[peek(byte) as usize] += 1;
         }
         counts
@@ -124,7 +162,42 @@ impl Pages {
     /// How many pages the guest is still owed: absent, in flight or clearing. One walk of the table.
     pub fn lacking(&self) -> u64 {
         let lacking = |byte: &&AtomicU8| peek(byte).is_lacking();
-        self.states.iter().filter(lacking).count() as u64
+        self.states().iter().filter(lacking).count() as u64
+    }
+
+    /// Begins where a pager has left off that is dead, before anybody else takes a step: what it had claimed is nobody's again. Returns
+    /// how many pages the guest is still owed. One walk of what was ever written of the table.
+    ///
+    /// A page in flight may be half written, and has been shown to nobody: it comes again. A page that was being cleared stays removed:
+    /// whatever it holds by now is what it reads. What is filled has all its contents, and the guest has perhaps seen them, and written
+    /// to them: it is exposed, and never filled again.
+    pub fn take_over(&self) -> u64 {
+        let mut owed = u64::from(self.len());
+        let mut at = 0;
+        while let Some((from, to)) = self.written(at) {
+            for page in from..to {
+                let mut state = self.state(page);
+                if matches!(state, PageState::InFlight | PageState::Clearing) {
+                    self.abandon(page);
+                    state = self.state(page);
+                }
+                owed -= u64::from(!state.is_lacking());
+            }
+            at = to;
+        }
+        owed
+    }
+
+    /// The pages from `page` on that may be other than absent, up to some that are not.
+    fn written(&self, page: u32) -> Option<(u32, u32)> {
+        match &self.states {
+            States::Own(states) => {
+                let end = states.len() as u32;
+                (page < end).then_some((page, end))
+            }
+            #[cfg(not(loom))]
+            States::Handed(table) => table.written(page),
+        }
     }
 
     /// Takes a step, and says whether it moved the page.
@@ -136,13 +209,22 @@ impl Pages {
     /// Takes a step, and returns the state that it found: the one it replaced, or the one that it left.
     #[inline]
     fn step(&self, page: u32, step: Step) -> PageState {
-        let byte = &self.states[page as usize];
+        let byte = &self.states()[page as usize];
         // A right guess saves the look before; a wrong one is the look.
         let mut found = step.usual();
+        #[cfg(not(loom))]
+        let mut tries = 0;
         while let Some(next) = step.from(found) {
             match byte.compare_exchange(found as u8, next as u8, Ordering::AcqRel, Ordering::Acquire) {
                 Ok(_) => break,
                 Err(now) => found = PageState::of(now),
+            }
+            #[cfg(not(loom))]
+            {
+                tries += 1;
+                if tries > MOST_TRIES && self.is_handed() {
+                    return PageState::Failed;
+                }
             }
         }
         found

@@ -57,9 +57,10 @@ impl PageState {
         matches!(self, Self::Absent | Self::InFlight | Self::Clearing)
     }
 
-    /// The state of a byte of the table, which holds no other bytes than these.
+    /// The state of a byte of the table. One that is no state can only be a stranger's writing, in a table that he shares: that page
+    /// cannot be had.
     pub(crate) fn of(byte: u8) -> Self {
-        Self::ALL[usize::from(byte)]
+        Self::ALL.get(usize::from(byte)).copied().unwrap_or(Self::Failed)
     }
 }
 

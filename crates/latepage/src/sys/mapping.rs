@@ -6,7 +6,7 @@ use std::marker::PhantomData;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
@@ -257,6 +257,17 @@ impl Mapping {
         let word: *mut u64 = self.at(offset, 8).cast();
         // SAFETY: valid for 8 bytes and aligned (checked; the base is aligned to 2 MiB), and lives as long as `self`.
         unsafe { AtomicU64::from_ptr(word) }
+    }
+
+    /// The first `count` bytes of it, each of which two processes change at the same time.
+    ///
+    /// # Panics
+    /// If it has fewer.
+    pub fn bytes(&self, count: usize) -> &[AtomicU8] {
+        let first: *mut AtomicU8 = self.at(0, count).cast();
+        // SAFETY: valid for `count` bytes (checked), for as long as `self` lives; an atomic byte is laid out as a byte is, and
+        // whoever changes one meanwhile, here or elsewhere, is what atomics are for.
+        unsafe { std::slice::from_raw_parts(first, count) }
     }
 
     /// madvise(MADV_DONTNEED): private memory reads as zero afterwards, shared memory as its file.
