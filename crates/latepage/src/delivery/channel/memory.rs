@@ -74,7 +74,7 @@ pub enum MakeError {
     Map(#[from] MapError),
 }
 
-/// A channel cannot be read. Each text says why, and what to do.
+/// A channel cannot be used. Each text says why, and what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum AttachError {
     /// Its memory cannot be trusted to stay.
@@ -131,18 +131,10 @@ pub(super) fn make(shape: Shape) -> Result<(Arc<ChannelMemory>, OwnedFd), MakeEr
     Ok((Arc::new(ChannelMemory { mapping, bell, _reading: None }), file))
 }
 
-/// Begins to read a channel that a stranger has sent, for a session of so many pages and vCPUs.
-///
-/// # Errors
-/// [`AttachError`].
-pub fn attach(
-    memory: BorrowedFd<'_>,
-    bell: OwnedFd,
-    pages: u32,
-    vcpus: u32,
-) -> Result<Reader<ChannelMemory>, AttachError> {
+/// What a channel that somebody else has made says of itself, and that its memory can be trusted to stay.
+fn check(memory: BorrowedFd<'_>, bell: &OwnedFd) -> Result<Shape, AttachError> {
     let length = memfd::check_fixed(memory)?;
-    check_bell(&bell)?;
+    check_bell(bell)?;
     // Long enough for the header at least; a length that is no channel's shows when that was read.
     let shortest = Shape::new(1, 1).expect("a slot and a page").bytes() as u64;
     if length < shortest {
@@ -155,6 +147,30 @@ pub fn attach(
     if length != needed {
         return Err(NotFixed::Length { length, needed }.into());
     }
+    Ok(shape)
+}
+
+/// Maps a channel that somebody else has made, for a VMM's threads to sit at.
+pub(super) fn adopt(
+    memory: BorrowedFd<'_>,
+    bell: OwnedFd,
+) -> Result<(Arc<ChannelMemory>, Shape), AttachError> {
+    let shape = check(memory, &bell)?;
+    let mapping = Mapping::shared(memory, 0, shape.bytes())?;
+    Ok((Arc::new(ChannelMemory { mapping, bell, _reading: None }), shape))
+}
+
+/// Begins to read a channel that a stranger has sent, for a session of so many pages and vCPUs.
+///
+/// # Errors
+/// [`AttachError`].
+pub fn attach(
+    memory: BorrowedFd<'_>,
+    bell: OwnedFd,
+    pages: u32,
+    vcpus: u32,
+) -> Result<Reader<ChannelMemory>, AttachError> {
+    let shape = check(memory, &bell)?;
     if shape.pages() != pages {
         return Err(AttachError::Pages { said: shape.pages(), pages });
     }

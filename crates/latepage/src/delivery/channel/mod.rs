@@ -66,8 +66,25 @@ impl Channel {
     pub fn new(slots: u32, pages: u32) -> Result<Self, MakeError> {
         let shape = Shape::new(slots, pages)?;
         let (memory, file) = memory::make(shape)?;
-        let given = (0..slots).map(|_| AtomicBool::new(false)).collect();
-        Ok(Self { memory, file, shape, given })
+        Ok(Self::over(memory, file, shape))
+    }
+
+    /// The channel of a VMM that this one replaces, from the two descriptors that [`descriptors`](Self::descriptors) gave there. Its
+    /// reader goes on as if nothing had happened.
+    ///
+    /// All seats may be given anew: the threads of the VMM before must be dead, or have left theirs. What they still waited for is
+    /// given up when the next one sits down; an answer that is on its way to them is told nobody.
+    ///
+    /// # Errors
+    /// [`AttachError`]: as a reader, it trusts the memory only where its length cannot change.
+    pub fn from_descriptors(memory: OwnedFd, eventfd: OwnedFd) -> Result<Self, AttachError> {
+        let (mapped, shape) = memory::adopt(memory.as_fd(), eventfd)?;
+        Ok(Self::over(mapped, memory, shape))
+    }
+
+    fn over(memory: Arc<ChannelMemory>, file: OwnedFd, shape: Shape) -> Self {
+        let given = (0..shape.slots()).map(|_| AtomicBool::new(false)).collect();
+        Self { memory, file, shape, given }
     }
 
     /// What the reader is handed: the memory, sealed, and the eventfd.

@@ -138,6 +138,66 @@ fn a_seat_is_given_to_one_thread_and_taken_over_from_a_dead_one() {
 }
 
 #[test]
+fn a_vmm_that_replaces_another_sits_down_at_its_channel_and_the_reader_notices_nothing() {
+    let before = Channel::new(2, 8).unwrap();
+    let mut reader = read(&before).unwrap();
+    let [mut left, mut open] = [0, 1].map(|slot| before.seat(slot).unwrap());
+    left.post(&fault(1)).unwrap();
+    open.post(&fault(2)).unwrap();
+    assert_eq!(take_all(&mut reader, 8).len(), 2);
+    let (memory, bell) = before.descriptors();
+    let [memory, bell] = [memory, bell].map(|descriptor| descriptor.try_clone_to_owned().unwrap());
+    // Its process is gone, in the middle of whatever its threads did.
+    std::mem::forget((left, open));
+    drop(before);
+    let after = Channel::from_descriptors(memory, bell).unwrap();
+    assert_eq!((after.shape().slots(), after.shape().pages()), (2, 8));
+    let mut seat = after.seat(0).unwrap();
+    assert!(after.seat(0).is_none() && after.seat(2).is_none());
+    reader.release(&(1..3));
+    seat.post(&fault(5)).unwrap();
+    assert_eq!(take_all(&mut reader, 8), [(0, fault(5))]);
+    reader.release(&(5..6));
+    assert_eq!(seat.wait(0, None), Waited::Over(Completion::Done(5..6)));
+    // It can be handed on to a reader, as one that was made can.
+    drop(reader);
+    assert_eq!(read(&after).unwrap().generation(), 2);
+}
+
+#[test]
+fn what_nobody_waits_for_is_completed_without_harm() {
+    let channel = Channel::new(2, 8).unwrap();
+    let mut reader = read(&channel).unwrap();
+    let mut seat = channel.seat(1).unwrap();
+    reader.release(&(0..8));
+    reader.fail(&(3..4));
+    seat.post(&fault(3)).unwrap();
+    // It was posted after that, and has not been taken: neither is an answer to it.
+    reader.release(&(3..4));
+    assert_eq!(seat.wait(0, Some(Duration::ZERO)), Waited::TimedOut);
+    assert_eq!(take_all(&mut reader, 8), [(1, fault(3))]);
+    reader.release(&(4..8));
+    assert_eq!(seat.wait(0, Some(Duration::ZERO)), Waited::TimedOut, "other pages");
+    reader.release(&(3..4));
+    reader.fail(&(3..4));
+    assert_eq!(seat.wait(0, None), Waited::Over(Completion::Done(3..4)), "once, and the first counts");
+}
+
+#[test]
+fn bits_of_slots_that_there_are_not_are_passed_by() {
+    let channel = Channel::new(70, 8).unwrap();
+    let mut reader = read(&channel).unwrap();
+    let words = Mapping::shared(channel.descriptors().0, 0, channel.shape().bytes()).unwrap();
+    let mut seat = channel.seat(69).unwrap();
+    seat.post(&fault(3)).unwrap();
+    // The top, and both leaves: docs/channel.md says where they lie.
+    for at in [128, 192, 192 + 64] {
+        words.store(at, u64::MAX);
+    }
+    assert_eq!(take_all(&mut reader, 4096), [(69, fault(3))]);
+}
+
+#[test]
 fn no_channel_is_without_a_slot_or_has_more_than_its_summary_can_name() {
     for slots in [0, MOST_SLOTS + 1, u32::MAX] {
         assert!(matches!(Channel::new(slots, 8), Err(MakeError::Shape(BadShape::Slots(_)))));
@@ -212,6 +272,14 @@ fn a_memory_that_is_no_channel_or_cannot_be_trusted_is_refused_with_its_reason()
     assert!(refused(&good, memfd::create("no bell", 4096).unwrap(), 8, 1).ends_with("no eventfd"));
     let plain = OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
     assert!(refused(&plain, bell(), 8, 1).contains("no memory file"));
+    // A VMM that is handed one trusts it no further.
+    let replaced = |file: OwnedFd| Channel::from_descriptors(file, bell());
+    assert!(replaced(good).is_ok());
+    assert!(matches!(replaced(plain), Err(AttachError::NotFixed(_))));
+    let other = forged(4096, sealed, |words| words[1] = 2 | 64 << 32);
+    assert!(matches!(replaced(other), Err(AttachError::Header(BadHeader::Version(2)))));
+    let short = forged(4096, sealed, |words| (words[2], words[3]) = (100 | 8 << 32, 8192));
+    assert!(matches!(replaced(short), Err(AttachError::NotFixed(_))));
 }
 
 /// What a stranger does, and what an honest thread and the reader do meanwhile.
