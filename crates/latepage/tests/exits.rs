@@ -7,7 +7,8 @@ use std::cell::RefCell;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
-use latepage::attachment::{Backing, native};
+use latepage::attachment::Backing;
+use latepage::attachment::native::{self, BesideChannel};
 use latepage::delivery::channel::{Channel, Completion, Request, Waited};
 use latepage::install::{CopyInstall, Install, InstallView, MinorInstall};
 use latepage::memory::{Layout, PageSize, Region};
@@ -109,7 +110,10 @@ fn traps_are_posted_to_a_pager_and_each_thread_waits_at_its_slot() {
         layout: &guest.layout,
     };
     // The pager exposes by the userfaultfd; nobody's fault is read from it.
-    let message = native::message_with_channel(&introduction, false, true);
+    let message = native::message_with_channel(
+        &introduction,
+        BesideChannel { userfaultfd: true, ..BesideChannel::default() },
+    );
     let (memory, bell) = channel.descriptors();
     let sent = [memory, bell, guest.memory.as_ref().unwrap().as_fd(), guest.uffd.as_fd()];
     let _socket = say(&serving.socket, message.as_bytes(), &sent);

@@ -6,7 +6,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
-use latepage::attachment::{Backing, native};
+use latepage::attachment::Backing;
+use latepage::attachment::native::{self, BesideChannel};
 use latepage::delivery::channel::{Channel, Completion, Request, Seat, Waited};
 use latepage::install::PageBitmap;
 use latepage::memory::{Layout, PageSize, Region};
@@ -54,7 +55,10 @@ impl Guest {
             memory: true,
             layout: &self.layout,
         };
-        let message = native::message_with_channel(&introduction, self.bitmap.is_some(), false);
+        let message = native::message_with_channel(
+            &introduction,
+            BesideChannel { bitmap: self.bitmap.is_some(), ..BesideChannel::default() },
+        );
         let (channel, bell) = self.channel.descriptors();
         let mut sent = vec![channel, bell, self.memory.as_fd()];
         sent.extend(self.bitmap.as_ref().map(|(_, file)| file.as_fd()));

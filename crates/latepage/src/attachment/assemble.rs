@@ -7,10 +7,10 @@ use rustix::fs::OFlags;
 
 use crate::delivery::channel;
 use crate::install::PageBitmap;
-use crate::memory::Layout;
+use crate::memory::{Layout, PageTable};
 use crate::sys::uffd::Userfaultfd;
 
-use super::places::{BITMAP, CHANNEL, EVENTFD, MEMORY, Places, USERFAULTFD};
+use super::places::{BITMAP, CHANNEL, EVENTFD, MEMORY, PAGES, Places, USERFAULTFD};
 use super::refusal::{RefusalReason, one_line};
 use super::{Notify, native};
 
@@ -34,17 +34,22 @@ pub(super) fn put_together(
         native::check_memory(memory, layout)?;
     }
     let bitmap = at(BITMAP).map(|bitmap| PageBitmap::map(bitmap, layout)).transpose()?;
+    let pages = at(PAGES).map(|pages| PageTable::map(pages, layout)).transpose()?;
+    if let Some(position) = places.of(USERFAULTFD) {
+        check_userfaultfd(&descriptors[position], position)?;
+    }
+    // Last of all: a channel counts its readers, those that are refused afterwards too.
     let notify = match (at(CHANNEL), at(EVENTFD)) {
         (Some(memory), Some(eventfd)) => {
             let bell = eventfd.try_clone().map_err(|error| RefusalReason::Copy(error.to_string()))?;
             let reader = channel::attach(memory.as_fd(), bell, layout.pages(), vcpus)?;
-            Some(Notify { reader, bitmap })
+            if reader.generation() != 1 && pages.is_none() {
+                return Err(RefusalReason::NoPages);
+            }
+            Some(Notify { reader, bitmap, pages })
         }
         _ => None,
     };
-    if let Some(position) = places.of(USERFAULTFD) {
-        check_userfaultfd(&descriptors[position], position)?;
-    }
     let mut all: Vec<Option<OwnedFd>> = descriptors.drain(..).map(Some).collect();
     let mut take = |kind| places.of(kind).and_then(|place| all[place].take());
     // It was looked at just now.

@@ -15,8 +15,8 @@ use super::{Form, Hello, firecracker, native};
 /// The longest handshake, in bytes.
 pub const MAX_BODY: usize = 1 << 20;
 
-/// The most descriptors that a handshake has: a channel, its eventfd, the memory file, a bitmap and a userfaultfd.
-pub const MAX_DESCRIPTORS: usize = 5;
+/// The most descriptors that a handshake has: a channel, its eventfd, the memory file, a bitmap, a page table and a userfaultfd.
+pub const MAX_DESCRIPTORS: usize = 6;
 
 /// The deepest nesting of a handshake's JSON. The forms need three; keys that we ignore may need some.
 pub const MAX_NESTING: usize = 32;

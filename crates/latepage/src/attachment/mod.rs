@@ -25,7 +25,7 @@ use std::os::fd::OwnedFd;
 
 use crate::delivery::channel::{ChannelMemory, Reader};
 use crate::install::PageBitmap;
-use crate::memory::Layout;
+use crate::memory::{Layout, PageTable};
 use crate::sys::uffd::Userfaultfd;
 
 /// Which protocol the peer spoke.
@@ -78,6 +78,8 @@ pub struct Notify {
     pub reader: Reader<ChannelMemory>,
     /// A bit for each page that traps, if the pager is to clear them.
     pub bitmap: Option<PageBitmap>,
+    /// The states of its pages, as the reader before has left them, if there was one: the session keeps them there.
+    pub pages: Option<PageTable>,
 }
 
 impl Form {

@@ -10,7 +10,7 @@ use crate::memory::{Layout, PageSize, Region};
 use crate::sys::memfd;
 
 use super::firecracker::page_size;
-use super::places::{BITMAP, CHANNEL, EVENTFD, MEMORY, Places, USERFAULTFD, Way};
+use super::places::{BITMAP, CHANNEL, EVENTFD, MEMORY, PAGES, Places, USERFAULTFD, Way};
 use super::refusal::{RefusalReason, Rejected, one_line};
 use super::{Backing, Form};
 
@@ -89,8 +89,19 @@ pub fn message(introduction: &Introduction<'_>) -> String {
     written(introduction, Way::Uffd, kinds)
 }
 
+/// Which descriptors come beside a channel's own and the memory file.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct BesideChannel {
+    /// The bitmap whose bits the pager clears.
+    pub bitmap: bool,
+    /// The page table, by which the next pager knows what this one has done.
+    pub pages: bool,
+    /// A userfaultfd for what no channel carries.
+    pub userfaultfd: bool,
+}
+
 /// The message for a VM whose threads post their faults to a channel. With it go, in one sendmsg(2): the channel's two descriptors, the
-/// memory file, then, if announced, the bitmap whose bits the pager clears, and a userfaultfd for what no channel carries.
+/// memory file, then what is announced of [`BesideChannel`], in its order.
 ///
 /// ```
 /// use latepage::attachment::{Backing, native};
@@ -99,14 +110,17 @@ pub fn message(introduction: &Introduction<'_>) -> String {
 /// let layout = Layout::new(vec![Region { gpa: Some(0), hva: 0x7f00_0000_0000, size: 4096, offset: 0, page_size: PageSize::Small }])?;
 /// let introduction =
 ///     native::Introduction { name: None, vcpus: 2, backing: Backing::Shared, memory: true, layout: &layout };
-/// let message = native::message_with_channel(&introduction, true, false);
+/// let beside = native::BesideChannel { bitmap: true, pages: true, ..Default::default() };
+/// let message = native::message_with_channel(&introduction, beside);
 /// assert!(message.contains(r#""delivery":"notify""#));
-/// assert!(message.contains(r#""descriptors":["channel","eventfd","memory","bitmap"]"#));
+/// assert!(message.contains(r#""descriptors":["channel","eventfd","memory","bitmap","pages"]"#));
 /// # Ok::<(), latepage::memory::LayoutError>(())
 /// ```
-pub fn message_with_channel(introduction: &Introduction<'_>, bitmap: bool, userfaultfd: bool) -> String {
+pub fn message_with_channel(introduction: &Introduction<'_>, beside: BesideChannel) -> String {
+    let BesideChannel { bitmap, pages, userfaultfd } = beside;
     let mut kinds = vec![CHANNEL, EVENTFD, MEMORY];
     kinds.extend(bitmap.then_some(BITMAP));
+    kinds.extend(pages.then_some(PAGES));
     kinds.extend(userfaultfd.then_some(USERFAULTFD));
     written(introduction, Way::Notify, &kinds)
 }

@@ -31,7 +31,7 @@ impl Way {
             }
             Self::Notify => (
                 &[CHANNEL, EVENTFD, MEMORY],
-                &[BITMAP, USERFAULTFD],
+                &[BITMAP, PAGES, USERFAULTFD],
                 "with delivery \"notify\" there must be \"channel\", \"eventfd\" and \"memory\", and no other twice",
             ),
         }
@@ -43,8 +43,9 @@ pub(super) const MEMORY: usize = 1;
 pub(super) const CHANNEL: usize = 2;
 pub(super) const EVENTFD: usize = 3;
 pub(super) const BITMAP: usize = 4;
+pub(super) const PAGES: usize = 5;
 
-const NAMES: [&str; 5] = ["userfaultfd", "memory", "channel", "eventfd", "bitmap"];
+const NAMES: [&str; 6] = ["userfaultfd", "memory", "channel", "eventfd", "bitmap", "pages"];
 
 /// The place of each kind of descriptor among those that come, if it is one of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,7 +53,7 @@ pub(super) struct Places([Option<usize>; NAMES.len()]);
 
 impl Places {
     /// A userfaultfd and nothing else.
-    pub(super) const USERFAULTFD: Self = Self([Some(0), None, None, None, None]);
+    pub(super) const USERFAULTFD: Self = Self([Some(0), None, None, None, None, None]);
 
     /// Reads a list of names.
     pub(super) fn read(way: Way, names: &[String]) -> Result<Self, RefusalReason> {
@@ -67,7 +68,9 @@ impl Places {
             let Some(kind) = kind else {
                 let known = match way {
                     Way::Uffd => "\"userfaultfd\" and \"memory\" are",
-                    Way::Notify => "\"channel\", \"eventfd\", \"memory\", \"bitmap\" and \"userfaultfd\" are",
+                    Way::Notify => {
+                        "\"channel\", \"eventfd\", \"memory\", \"bitmap\", \"pages\" and \"userfaultfd\" are"
+                    }
                 };
                 let value = one_line(&format!("{name:?}"));
                 return Err(RefusalReason::Value { key: "descriptors", value, known });

@@ -2,7 +2,7 @@
 
 use crate::delivery::channel::AttachError;
 use crate::install::BitmapError;
-use crate::memory::{Layout, LayoutError};
+use crate::memory::{Layout, LayoutError, PageTableError};
 use crate::source::SourceError;
 use crate::sys::mapping::MapError;
 use crate::sys::memfd::NotSealed;
@@ -165,6 +165,14 @@ pub enum RefusalReason {
     /// The bitmap is none, or cannot be trusted.
     #[error("the bitmap descriptor: {0}")]
     Bitmap(#[from] BitmapError),
+    /// The page table is none, or cannot be trusted.
+    #[error("the pages descriptor: {0}")]
+    Pages(#[from] PageTableError),
+    /// Another reader has filled pages, and nobody says which.
+    #[error(
+        "the channel has had a reader before, and what that one has filled is not known: send the page table that it had, as \"pages\" (filled again, pages would lose what the guest wrote)"
+    )]
+    NoPages,
     /// The eventfd could not be kept.
     #[error("the eventfd descriptor could not be duplicated: {0}")]
     Copy(String),

@@ -170,6 +170,10 @@ impl Install for BitmapInstall {
         outcome
     }
 
+    fn blank(&self, layout: &Layout, pages: Range<u32>) -> Outcome {
+        self.inner.blank(layout, pages)
+    }
+
     fn expose(&self, layout: &Layout, pages: Range<u32>) -> Outcome {
         let outcome = self.inner.expose(layout, pages.clone());
         self.exposed(pages, outcome)

@@ -45,6 +45,10 @@ impl Install for FillInstall {
         self.view.holes(layout, pages)
     }
 
+    fn blank(&self, layout: &Layout, pages: Range<u32>) -> Outcome {
+        self.view.holes(layout, pages)
+    }
+
     fn expose(&self, _: &Layout, pages: Range<u32>) -> Outcome {
         all(&pages)
     }

@@ -55,16 +55,24 @@ impl Install for MinorInstall {
         Outcome::new(self.uffd.zeropage(place.hva, length, InstallMode::empty()), bytes)
     }
 
+    fn blank(&self, layout: &Layout, pages: Range<u32>) -> Outcome {
+        self.view.holes(layout, pages)
+    }
+
     fn expose(&self, layout: &Layout, pages: Range<u32>) -> Outcome {
         let place = layout.place(pages.start);
         let bytes = place.page_size.bytes();
         let length = u64::from(pages.end - pages.start) * bytes;
         let exposed = Outcome::new(self.uffd.continue_(place.hva, length, InstallMode::empty()), bytes);
         match exposed {
-            // The file has a hole where we had filled it: punched since, so it reads as zero.
-            Outcome { pages: 0, stopped: Some(Stop::Hole) } => {
-                self.zero(layout, pages.start..pages.start + 1)
-            }
+            // The file has a hole there: it was zero, or was punched since. So it reads as zero, and so do the holes behind it.
+            Outcome { pages: 0, stopped: Some(Stop::Hole) } => match self.zero(layout, pages) {
+                // What the file has something of is not exposed yet: that is another call.
+                Outcome { pages, stopped: Some(Stop::AlreadyThere) } if pages > 0 => {
+                    Outcome { pages, stopped: None }
+                }
+                outcome => outcome,
+            },
             outcome => outcome,
         }
     }

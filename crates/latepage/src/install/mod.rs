@@ -93,6 +93,12 @@ pub trait Install: Send + Sync {
     /// Puts zero pages where there is nothing, and exposes them.
     fn zero(&self, layout: &Layout, pages: Range<u32>) -> Outcome;
 
+    /// How many pages, from the first on, read as zero as they are, and are exposed to nobody by this. What may hold something is
+    /// [`Stop::AlreadyThere`].
+    fn blank(&self, _layout: &Layout, _pages: Range<u32>) -> Outcome {
+        Outcome { pages: 0, stopped: Some(Stop::AlreadyThere) }
+    }
+
     /// Lets the guest see pages that are filled. A page that the guest sees already is [`Stop::AlreadyThere`]; one that was
     /// taken away unnoticed becomes what its memory now holds: zero, or the file's contents.
     fn expose(&self, layout: &Layout, pages: Range<u32>) -> Outcome;

@@ -40,7 +40,8 @@ use rustix::io::Errno;
 
 use crate::attachment::{Form, Hello, Refusal, RefusalReason};
 use crate::session::{
-    Action, End, Host, LetGo, OnMissing, Peer as SessionPeer, Placement, Policy, Population, Scratch, Session,
+    Action, End, Host, LetGo, OnMissing, Peer as SessionPeer, Placement, Policy, Population, Report, Scratch,
+    Session,
 };
 use crate::source::Source;
 use crate::stats::StatsSnapshot;
@@ -591,6 +592,10 @@ impl Shared {
             vcpus: session.vcpus(),
             source: listener.source.describe(),
         });
+        if session.owed() == 0 {
+            // The pager before has brought all of it.
+            self.report(&session, Report::Full);
+        }
         self.warn_of_poison(&session);
         if let Some(worker) = self.worker(id) {
             worker.adopt(Arc::clone(&session));

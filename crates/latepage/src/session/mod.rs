@@ -20,6 +20,8 @@ mod resolve;
 mod serve;
 mod steps;
 #[cfg(test)]
+mod successors;
+#[cfg(test)]
 mod tests;
 mod waiting;
 
@@ -162,13 +164,27 @@ impl Session {
         policy: Policy,
         host: Arc<dyn Host>,
     ) -> Result<Arc<Self>, Box<NotMade>> {
-        let Hello { form, name, vcpus, backing, layout, userfaultfd, memory, notify } = hello;
+        let Hello { form, name, vcpus, backing, layout, userfaultfd, memory, mut notify } = hello;
         let view = match memory.map(|memory| InstallView::map(&memory, &layout)).transpose() {
             Ok(view) => view,
             Err(error) => return Err(Box::new(NotMade { error, userfaultfd, peer, name })),
         };
         let (posts, by_socket) = (notify.is_some(), userfaultfd.is_none());
-        let (install, deliveries) = ways(userfaultfd, view, notify);
+        let (pages, owed) = match notify.as_mut().and_then(|notify| notify.pages.take()) {
+            Some(table) => {
+                let pages = Pages::handed(table);
+                let owed = pages.take_over();
+                (pages, owed)
+            }
+            None => (Pages::new(layout.pages()), layout.pages().into()),
+        };
+        let (install, mut deliveries) = ways(userfaultfd, view, notify);
+        if pages.is_handed() {
+            // The kernel delivers a fault once: what a reader before took from the userfaultfd, and left, is raised anew.
+            for region in 0..layout.regions().len() {
+                deliveries.release(&layout, layout.region_pages(region));
+            }
+        }
         let name = name.unwrap_or_else(|| match peer.pid {
             Some(pid) => format!("vm-{pid}"),
             None => format!("session-{id}"),
@@ -182,8 +198,8 @@ impl Session {
             posts,
             by_socket,
             vcpus,
-            pages: Pages::new(layout.pages()),
-            owed: AtomicU64::new(u64::from(layout.pages())),
+            pages,
+            owed: AtomicU64::new(owed),
             calm: AtomicU32::new(0),
             stats: Stats::new(policy.trace),
             layout,
@@ -369,7 +385,7 @@ fn ways(
     };
     let mut deliveries: Vec<Box<dyn Delivery>> = Vec::new();
     deliveries.extend(uffd.map(|uffd| Box::new(UffdDelivery::new(uffd)) as Box<dyn Delivery>));
-    let Some(Notify { reader, bitmap }) = notify else { return (install, Deliveries::new(deliveries)) };
+    let Some(Notify { reader, bitmap, .. }) = notify else { return (install, Deliveries::new(deliveries)) };
     deliveries.push(Box::new(ChannelDelivery::new(reader)));
     let install = match bitmap {
         Some(bitmap) => Box::new(BitmapInstall::new(install, bitmap)),

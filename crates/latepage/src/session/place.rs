@@ -123,13 +123,7 @@ impl Session {
                 core.waiting.starved &= outcome.pages == 0;
                 self.settle(core, done, false, demand);
             } else if !done.is_empty() {
-                // Filled is stored after the contents and before anything is exposed.
-                for page in done.clone() {
-                    self.pages.filled(page);
-                }
-                self.paid(u64::from(outcome.pages));
-                self.account(done.clone(), false, demand, Instant::now());
-                let stopped = self.expose(core, done.clone(), demand, PageClass::Source);
+                let stopped = self.expose_filled(core, done.clone(), false, demand);
                 if stopped.is_some() {
                     self.abandon(done.end..run.end);
                     return stopped;
@@ -148,7 +142,22 @@ impl Session {
         None
     }
 
+    /// Pages that we have claimed have their contents: says so first, and exposes them then. Should this pager die in between, the next
+    /// one must not fill again what the guest may have written to.
+    fn expose_filled(&self, core: &mut Core, run: Range<u32>, zero: bool, demand: Demand) -> Option<Stop> {
+        for page in run.clone() {
+            self.pages.filled(page);
+        }
+        self.paid(u64::from(run.end - run.start));
+        self.account(run.clone(), zero, demand, Instant::now());
+        let class = if zero { PageClass::Zero } else { PageClass::Source };
+        self.expose(core, run, demand, class)
+    }
+
     fn put_zero(&self, core: &mut Core, run: Range<u32>, demand: Demand) -> Option<Stop> {
+        if self.pages.is_handed() {
+            return self.put_blank(core, run, demand);
+        }
         let unit = self.unit(run.start);
         let mut steps = Steps::new(run);
         while let Some(step) = steps.next() {
@@ -170,6 +179,32 @@ impl Session {
             }
             let stopped = self.go_on(core, &mut steps, outcome, demand);
             if stopped.is_some() {
+                return stopped;
+            }
+        }
+        None
+    }
+
+    /// The same, for a VM that another pager may take over: an install that adds a zero page and shows it in one step would leave a page
+    /// that the guest writes to, and the table knows nothing of.
+    fn put_blank(&self, core: &mut Core, run: Range<u32>, demand: Demand) -> Option<Stop> {
+        let unit = self.unit(run.start);
+        let mut steps = Steps::new(run);
+        while let Some(step) = steps.next() {
+            let outcome = core.install.blank(&self.layout, step.clone());
+            let blank = step.start..step.start + outcome.pages;
+            let stop = steps.after(outcome);
+            let exposed = if blank.is_empty() { None } else { self.expose_filled(core, blank, true, demand) };
+            let stopped = match (exposed, stop) {
+                // It may hold anything: what a pager wrote there that died, say.
+                (None, Some(_)) => {
+                    let page = steps.skip();
+                    self.put_contents(core, page..page + 1, Contents::Bytes(&ZEROS[..unit]), demand)
+                }
+                (exposed, _) => exposed,
+            };
+            if stopped.is_some() {
+                self.abandon(steps.left());
                 return stopped;
             }
         }
@@ -386,7 +421,13 @@ impl Session {
 
     /// So many pages fewer are owed; the last one is worth a word.
     pub(super) fn paid(&self, pages: u64) {
-        if pages > 0 && self.owed.fetch_sub(pages, Ordering::AcqRel) == pages {
+        if pages == 0 {
+            return;
+        }
+        // Never below nothing: a VMM that scribbles over its page table has pages brought twice.
+        let less = |owed: u64| Some(owed.saturating_sub(pages));
+        let owed = self.owed.fetch_update(Ordering::AcqRel, Ordering::Acquire, less).unwrap_or_default();
+        if owed > 0 && owed <= pages {
             self.host.report(self, Report::Full);
         }
     }

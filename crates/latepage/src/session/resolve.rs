@@ -77,8 +77,9 @@ impl Session {
         match ending {
             Ending::Later => {
                 self.stats.counters.later.add(1);
-                core.waiting.ticket(page, wait.since);
-                self.host.read_later(self, page);
+                if core.waiting.ticket(page, wait.since) {
+                    self.host.read_later(self, page);
+                }
             }
             Ending::Failed(reason) => self.fail(core, page, wait.since, &reason),
             // Parked, failed or dropped already, as the kernel's answer says.

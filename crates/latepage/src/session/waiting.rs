@@ -1,6 +1,7 @@
 //! Faults that could not be served at once. The kernel delivers a fault once: what is not kept here is lost for ever.
 
-use std::collections::VecDeque;
+use std::collections::hash_map::Entry;
+use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
 /// The first pause before an install that the kernel refused for now is tried again. After its event was read, the thread that
@@ -29,7 +30,7 @@ pub(super) struct WaitingRoom {
     /// To be tried again on a timer; nobody has claimed their pages.
     parked: VecDeque<Waiting>,
     /// Out with an I/O thread; their pages are in flight.
-    tickets: Vec<Waiting>,
+    tickets: HashMap<u32, Waiting>,
     /// Failed, and the VM could not be killed: they wait until someone does that.
     stuck: Vec<Stuck>,
     /// The parked one that is being tried: should it have to wait again, it has been reported, or not.
@@ -44,7 +45,7 @@ impl WaitingRoom {
     pub(super) fn new(threads: usize) -> Self {
         Self {
             parked: VecDeque::with_capacity(threads),
-            tickets: Vec::with_capacity(threads),
+            tickets: HashMap::with_capacity(threads),
             stuck: Vec::new(),
             trying: None,
             pause: FIRST_PAUSE,
@@ -99,14 +100,21 @@ impl WaitingRoom {
         }
     }
 
-    pub(super) fn ticket(&mut self, page: u32, since: Instant) {
-        self.tickets.push(self.waiting(page, since));
+    /// Whether the page is to be read: not where it has a ticket already, as a VMM can bring about that scribbles over its page table.
+    pub(super) fn ticket(&mut self, page: u32, since: Instant) -> bool {
+        let waiting = self.waiting(page, since);
+        match self.tickets.entry(page) {
+            Entry::Occupied(_) => false,
+            Entry::Vacant(ticket) => {
+                ticket.insert(waiting);
+                true
+            }
+        }
     }
 
     /// Takes back the ticket of a page.
     pub(super) fn redeem(&mut self, page: u32) -> Option<Waiting> {
-        let at = self.tickets.iter().position(|waiting| waiting.page == page)?;
-        Some(self.tickets.swap_remove(at))
+        self.tickets.remove(&page)
     }
 
     /// Keeps a fault that nothing will resolve. Returns whether it is the first there.
@@ -141,7 +149,7 @@ impl WaitingRoom {
         hva: impl Fn(u32) -> u64,
         mut report: impl FnMut(u64, Duration),
     ) {
-        let served = self.parked.iter_mut().chain(&mut self.tickets);
+        let served = self.parked.iter_mut().chain(self.tickets.values_mut());
         let served = served.map(|waiting| (hva(waiting.page), waiting.since, &mut waiting.reported));
         let stuck = self.stuck.iter_mut().map(|stuck| (stuck.hva, stuck.since, &mut stuck.reported));
         for (hva, since, reported) in served.chain(stuck) {

@@ -149,8 +149,8 @@ fn a_userfaultfd_is_kept_whatever_goes_wrong_and_whenever() {
 #[test]
 fn more_descriptors_than_any_handshake_has_are_refused_at_once() {
     let mut incoming = Incoming::new();
-    let Fed::Refused(refusal) = incoming.feed(b"[", (0..6).map(|_| file()).collect()) else { panic!() };
-    assert_eq!(refusal.reason.to_string(), "6 descriptors; no handshake has more than 5");
+    let Fed::Refused(refusal) = incoming.feed(b"[", (0..7).map(|_| file()).collect()) else { panic!() };
+    assert_eq!(refusal.reason.to_string(), "7 descriptors; no handshake has more than 6");
 }
 
 #[test]

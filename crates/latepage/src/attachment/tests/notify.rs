@@ -1,14 +1,15 @@
 //! The delivery `notify`: a channel, its eventfd, the memory, and what may come with them.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use serde_json::{Value, json};
 
-use super::super::{Backing, Hello, RefusalReason, native};
+use super::super::native::{self, BesideChannel};
+use super::super::{Backing, Hello, RefusalReason};
 use super::{file, hello, refusal, sealed, userfaultfd};
 use crate::delivery::channel::Channel;
 use crate::install::PageBitmap;
-use crate::memory::{Layout, PageSize, Region};
+use crate::memory::{Layout, PageSize, PageTable, Region};
 use crate::sys::memfd;
 
 const PAGES: u32 = 256;
@@ -68,16 +69,20 @@ fn what_is_sent_with_a_channel_is_understood() {
         memory: true,
         layout: &layout,
     };
-    for (bitmap, also) in [(false, false), (true, false), (false, true), (true, true)] {
+    for beside in 0..8 {
+        let [bitmap, pages, also] = [1, 2, 4].map(|bit| beside & bit != 0);
         let mut sent = three();
         sent.extend(bitmap.then(|| PageBitmap::create(&layout).unwrap()));
+        sent.extend(pages.then(|| PageTable::create(&layout).unwrap()));
         if also {
             let Some(descriptor) = userfaultfd() else { return };
             sent.push(descriptor);
         }
-        let hello = hello(&native::message_with_channel(&introduction, bitmap, also), sent);
+        let beside = BesideChannel { bitmap, pages, userfaultfd: also };
+        let hello = hello(&native::message_with_channel(&introduction, beside), sent);
         assert_eq!((hello.layout, hello.userfaultfd.is_some()), (layout.clone(), also));
-        assert_eq!(hello.notify.unwrap().bitmap.is_some(), bitmap);
+        let notify = hello.notify.unwrap();
+        assert_eq!((notify.bitmap.is_some(), notify.pages.is_some()), (bitmap, pages));
     }
 }
 
@@ -138,6 +143,49 @@ fn a_bitmap_that_is_too_small_or_unsealed_is_refused() {
     assert_eq!(text, "the bitmap descriptor: it has 24 bytes and must have 32");
     let text = refused(&names, with(memfd::create("unsealed", 32).unwrap()));
     assert!(text.starts_with("the bitmap descriptor: its length can still change"), "{text}");
+    let text = refused(&names, with(read_only(32)));
+    assert!(text.starts_with("the bitmap descriptor: it cannot be written"), "{text}");
+    let text = refused(&names, with(file()));
+    assert!(text.starts_with("the bitmap descriptor: it is no memory file"), "{text}");
+}
+
+/// Sealed as it must be, and open for reading alone.
+fn read_only(bytes: u64) -> OwnedFd {
+    let file = memfd::create_fixed("read-only", bytes).unwrap();
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    std::fs::File::open(path).unwrap().into()
+}
+
+#[test]
+fn a_page_table_of_another_length_or_one_that_cannot_be_kept_is_refused() {
+    let names = ["channel", "eventfd", "memory", "pages"];
+    let with = |pages| three().into_iter().chain([pages]).collect();
+    for bytes in [PAGES - 1, PAGES + 1, 0] {
+        let text = refused(&names, with(memfd::create_fixed("other", bytes.into()).unwrap()));
+        assert_eq!(text, format!("the pages descriptor: it has {bytes} bytes and must have 256"));
+    }
+    let text = refused(&names, with(memfd::create("unsealed", PAGES.into()).unwrap()));
+    assert!(text.starts_with("the pages descriptor: its length can still change"), "{text}");
+    let text = refused(&names, with(read_only(PAGES.into())));
+    assert!(text.starts_with("the pages descriptor: it cannot be written"), "{text}");
+    let text = refused(&names, with(file()));
+    assert!(text.starts_with("the pages descriptor: it is no memory file"), "{text}");
+    // A VM that has no channel has no pager that could be followed.
+    let uffd = json!({
+        "version": 1, "delivery": "uffd", "descriptors": ["userfaultfd", "pages"],
+        "regions": [{"hva": 0x7f00_0000_0000_u64, "size": SIZE, "offset": 0, "page_size": 4096}],
+    });
+    let text = refusal(&uffd.to_string(), vec![file(), file()]).reason.to_string();
+    assert!(text.starts_with("handshake: descriptors \"pages\" is not known"), "{text}");
+}
+
+#[test]
+fn a_channel_of_another_version_is_refused() {
+    let [memory, bell] = channel(2, PAGES);
+    // The low half of the second word.
+    rustix::io::pwrite(&memory, &2_u32.to_le_bytes(), 8).unwrap();
+    let text = refused(&THREE, vec![memory, bell, sealed(SIZE)]);
+    assert_eq!(text, "the channel descriptor: it is a channel of version 2; this side speaks version 1");
 }
 
 #[test]
@@ -151,7 +199,13 @@ fn a_second_pager_is_refused_while_the_first_lives_and_not_afterwards() {
     let text = refused(&THREE, sent());
     assert_eq!(text, "the channel descriptor: another reader has it: a channel has one at a time");
     drop(first);
-    assert_eq!(hello(&document(&THREE).to_string(), sent()).notify.unwrap().reader.generation(), 2);
+    // What the first has filled, it has told nobody.
+    let text = refused(&THREE, sent());
+    assert!(text.starts_with("the channel has had a reader before"), "{text}");
+    let names = ["channel", "eventfd", "memory", "pages"];
+    let told = sent().into_iter().chain([PageTable::create(&layout()).unwrap()]).collect();
+    let second = hello(&document(&names).to_string(), told).notify.unwrap();
+    assert!(second.reader.generation() > 1 && second.pages.is_some());
 }
 
 #[test]
