@@ -20,6 +20,7 @@ use kvm_ioctls::{Kvm, VcpuExit};
 use latepage::attachment::{Backing, native};
 use latepage::delivery::channel::{Channel, Completion, Request, Waited};
 use latepage::install::PageBitmap;
+use latepage::memory::PageTable;
 use latepage::sys::mapping::Mapping;
 use latepage::sys::uffd::{Features, RegisterMode, Userfaultfd};
 use latepage::sys::{fdpass, memfd};
@@ -61,8 +62,10 @@ fn main() -> Result<(), Box<dyn Error>> {
     let userfaultfd = Userfaultfd::create(Features::MINOR_SHMEM)?;
     userfaultfd.register(view.address(), tiny::BYTES as u64, RegisterMode::MISSING | RegisterMode::MINOR)?;
 
-    // A slot of the channel for each vCPU, and the handshake. The socket stays open, too.
+    // A slot of the channel for each vCPU; a table of what is there, for the next pager should this one die; the handshake. The
+    // socket stays open, too.
     let channel = Channel::new(1, layout.pages())?;
+    let table = PageTable::create(&layout)?;
     let pager = UnixStream::connect(&socket)?;
     let message = native::message_with_channel(
         &native::Introduction {
@@ -72,11 +75,10 @@ fn main() -> Result<(), Box<dyn Error>> {
             memory: true,
             layout: &layout,
         },
-        true,
-        true,
+        native::BesideChannel { bitmap: true, pages: true, userfaultfd: true },
     );
     let (slots, bell) = channel.descriptors();
-    let sent = [slots, bell, memory.as_fd(), bits.as_fd(), userfaultfd.as_fd()];
+    let sent = [slots, bell, memory.as_fd(), bits.as_fd(), table.as_fd(), userfaultfd.as_fd()];
     fdpass::send(&pager, message.as_bytes(), &sent)?;
 
     // The vCPU's thread.
