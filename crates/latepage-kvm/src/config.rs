@@ -23,7 +23,7 @@ pub struct VmConfig {
     /// What the memory is made of.
     #[serde(default)]
     pub backing: Backing,
-    /// vCPUs, 1 to 64.
+    /// vCPUs, 1 to 64; of a guest of threads, to 1024.
     #[serde(default = "one")]
     pub vcpus: u32,
     /// What runs the guest.
@@ -61,6 +61,22 @@ pub enum MemoryFrom {
     },
     /// The memory file, page by page as they are touched, by the VMM itself.
     Late(LateMemory),
+    /// A pager to which the VMM's own threads post what they want: the delivery `notify`.
+    Notify(NotifyMemory),
+}
+
+/// Memory that a pager brings, asked for through a channel. It is shared memory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NotifyMemory {
+    /// The pager's socket.
+    pub socket: PathBuf,
+    /// What makes a vCPU's access an exit; unset, the best that this kernel has.
+    #[serde(default)]
+    pub trap: Option<TrapKind>,
+    /// Whether the pager gets no userfaultfd: then the VMM posts what comes by it, too, and exposes every page itself.
+    #[serde(default)]
+    pub all: bool,
 }
 
 /// Memory that the VMM itself brings when it is touched. It is shared memory.

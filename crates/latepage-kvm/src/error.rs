@@ -19,10 +19,14 @@ pub enum VmError {
         why: &'static str,
     },
     /// A VM cannot have that many vCPUs.
-    #[error("{vcpus} vCPUs: it must be 1 to 64")]
+    #[error("{vcpus} vCPUs: on {guest} it must be 1 to {most}")]
     Vcpus {
         /// vCPUs asked for.
         vcpus: u32,
+        /// What is to run the guest.
+        guest: &'static str,
+        /// The most that it has.
+        most: u32,
     },
     /// The options contradict each other.
     #[error("{0}")]
@@ -112,6 +116,14 @@ pub enum VmError {
     /// A range cannot be discarded.
     #[error("this range cannot be discarded: {0}")]
     Range(String),
+    /// A range could not be discarded, and holds what it did.
+    #[error("pages of memory from {first} on were not discarded: {why}")]
+    Discard {
+        /// The first of them, by its index in the session.
+        first: u32,
+        /// Why not.
+        why: String,
+    },
     /// vCPUs did not come out of the guest: they wait for memory that nobody brings.
     #[error(
         "{vcpus} of the VM's vCPUs have not stopped after {seconds} s: they wait for memory; is their pager alive?"
@@ -149,6 +161,17 @@ impl VmError {
 
     pub(crate) fn thread(source: &io::Error) -> Self {
         Self::Call { call: "starting a thread", errno: Errno::from_io_error(source).unwrap_or(Errno::AGAIN) }
+    }
+
+    pub(crate) fn signal(source: &io::Error) -> Self {
+        Self::Call { call: "sigaction", errno: Errno::from_io_error(source).unwrap_or(Errno::INVAL) }
+    }
+
+    pub(crate) fn copy(source: &io::Error) -> Self {
+        Self::Call {
+            call: "copying a descriptor",
+            errno: Errno::from_io_error(source).unwrap_or(Errno::MFILE),
+        }
     }
 
     pub(crate) fn kvm(call: &'static str, error: kvm_ioctls::Error) -> Self {

@@ -1,9 +1,9 @@
 //! Memory that the VMM itself brings, late: vCPUs' threads resolve their own exits, and a thread serves the userfaultfd over the guest
 //! view, through which KVM's own accesses come, and the VMM's.
 
-use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 
@@ -20,6 +20,7 @@ use crate::fingerprint::PAGE;
 use crate::handshake::describe;
 use crate::machine::GuestKind;
 use crate::memory::GuestMemory;
+use crate::supply::{self, Came, Supply, SupplyReport};
 use crate::sys::slots::Slots;
 use crate::trap::{Attributes, TrapKind};
 
@@ -32,6 +33,8 @@ pub enum Delivery {
     Uffd,
     /// A vCPU's by a memory-fault exit, resolved on its own thread; others by userfaultfd.
     Exit,
+    /// A vCPU's by a memory-fault exit, which its own thread posts to a pager; others by userfaultfd.
+    Notify,
 }
 
 /// See the module.
@@ -89,9 +92,15 @@ impl Late {
         };
         let trap = match (config.delivery, kind) {
             (Delivery::Uffd, _) if config.trap.is_some() => {
-                return Err(VmError::Config("a trap goes with the delivery exit".into()));
+                return Err(VmError::Config("a trap goes with the delivery exit or notify".into()));
             }
             (Delivery::Uffd, _) => None,
+            (Delivery::Notify, _) => {
+                return Err(VmError::Config(
+                    "the delivery notify takes a pager: give its socket (--pager), or use --delivery exit"
+                        .into(),
+                ));
+            }
             (Delivery::Exit, GuestKind::Kvm) => Some(TrapKind::choose(config.trap)?),
             (Delivery::Exit, _) => {
                 return Err(VmError::Config(
@@ -144,8 +153,26 @@ impl Late {
         })
     }
 
+    fn brought(&self) -> LateReport {
+        let ResolverStats { exits, faults, joined, present, filled, zero, beside } = self.resolver.stats();
+        LateReport {
+            delivery: self.delivery,
+            trap: self.kind,
+            memory_file: self.memory_file.clone(),
+            exits,
+            faults,
+            joined,
+            present,
+            filled,
+            zero,
+            beside,
+        }
+    }
+}
+
+impl Supply for Late {
     /// Serves the userfaultfd from now on. A page that cannot be had fails the VM.
-    pub(crate) fn start(&self, control: &Arc<Control>) -> Result<(), VmError> {
+    fn start(&self, control: &Arc<Control>) -> Result<(), VmError> {
         let mut seat = self.resolver.seat(self.vcpus).expect("no vCPU has that number");
         let stop = self.stop.try_clone().map_err(|source| VmError::thread(&source))?;
         let control = Arc::clone(control);
@@ -164,59 +191,55 @@ impl Late {
         Ok(())
     }
 
-    /// What type of VM it takes.
-    pub(crate) fn trap(&self) -> Option<TrapKind> {
+    fn trap(&self) -> Option<TrapKind> {
         self.kind
     }
 
-    /// What KVM looks at for each page.
-    pub(crate) fn bitmap(&self) -> Option<&Arc<PageBitmap>> {
+    fn bitmap(&self) -> Option<&Arc<PageBitmap>> {
         self.bitmap.as_ref()
     }
 
-    /// Arms the trap of a VM whose slots are there.
-    pub(crate) fn arm(&self, slots: &Arc<Slots>) -> Result<(), VmError> {
+    fn arm(&self, slots: &Arc<Slots>) -> Result<(), VmError> {
         if let Some(attributes) = &self.attributes {
             attributes.attach(slots);
         }
         self.resolver.arm().map_err(|errno| VmError::Kvm { call: "KVM_SET_MEMORY_ATTRIBUTES", errno })
     }
 
-    /// Where vCPU `index` resolves its exits.
-    pub(crate) fn seat(&self, index: usize) -> Option<Seat> {
-        self.kind.and_then(|_| self.resolver.seat(index))
+    fn seat(&self, index: usize) -> Option<Box<dyn supply::Seat>> {
+        let seat = self.kind.and_then(|_| self.resolver.seat(index))?;
+        Some(Box::new(seat))
     }
 
-    /// Discards `length` bytes of memory from `offset` on.
-    pub(crate) fn discard(&self, memory: &GuestMemory, offset: u64, length: u64) -> Result<(), VmError> {
-        let layout = self.resolver.layout();
-        let end = ((offset + length) / PAGE) as u32;
-        let mut at = (offset / PAGE) as u32;
-        while at < end {
-            let run: Range<u32> = at..end.min(layout.region_end(at));
-            at = run.end;
+    fn visitors(&self) -> Option<Box<dyn supply::Seat>> {
+        None
+    }
+
+    fn discard(&self, control: &Control, offset: u64, length: u64) -> Result<(), VmError> {
+        for run in supply::runs(self.resolver.layout(), offset, length) {
             let (start, bytes) = (u64::from(run.start) * PAGE, run.len() as u64 * PAGE);
             self.resolver
-                .discard(run, || memory.punch(start, bytes))
+                .discard(run, || control.memory.punch(start, bytes))
                 .map_err(|errno| VmError::call("madvise(MADV_REMOVE)", errno))?;
         }
         Ok(())
     }
 
-    pub(crate) fn report(&self) -> LateReport {
-        let ResolverStats { exits, faults, joined, present, filled, zero, beside } = self.resolver.stats();
-        LateReport {
-            delivery: self.delivery,
-            trap: self.kind,
-            memory_file: self.memory_file.clone(),
-            exits,
-            faults,
-            joined,
-            present,
-            filled,
-            zero,
-            beside,
+    fn report(&self) -> SupplyReport {
+        SupplyReport::Late(self.brought())
+    }
+}
+
+impl supply::Seat for Seat {
+    fn exit(&mut self, gpa: u64, _: &AtomicBool) -> Came {
+        match Seat::exit(self, gpa) {
+            Ok(()) => Came::There,
+            Err(unresolved) => Came::Not(unresolved.to_string()),
         }
+    }
+
+    fn touch(&mut self, _: u64) -> bool {
+        false
     }
 }
 

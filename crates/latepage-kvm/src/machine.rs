@@ -11,9 +11,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::control::Control;
 use crate::error::VmError;
-use crate::late::Late;
-use crate::sys::kick;
+use crate::supply::Supply;
 use crate::sys::slots::Slots;
+use crate::sys::{kick, sigbus};
 use crate::trap::{SW_PROTECTED_VM, TrapKind};
 use crate::vcpu::{self, KvmVcpu};
 
@@ -79,27 +79,24 @@ impl Machine {
     pub(crate) fn start(
         kind: GuestKind,
         control: &Arc<Control>,
-        late: Option<&Late>,
+        supply: Option<&dyn Supply>,
     ) -> Result<Self, VmError> {
         let systems: Vec<_> = control.lock().slots.iter().map(|slot| slot.system).collect();
         let mut vcpus = Vec::new();
         if kind == GuestKind::Kvm {
-            kick::install_handler().map_err(|source| VmError::Call {
-                call: "sigaction",
-                errno: Errno::from_io_error(&source).unwrap_or(Errno::INVAL),
-            })?;
+            kick::install_handler().map_err(|source| VmError::signal(&source))?;
             let kvm = kvm()?;
             let offered = kvm
                 .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
                 .map_err(|errno| VmError::kvm("KVM_GET_SUPPORTED_CPUID", errno))?;
-            let by_attributes = late.and_then(Late::trap) == Some(TrapKind::Attributes);
+            let by_attributes = supply.and_then(Supply::trap) == Some(TrapKind::Attributes);
             let vm = kvm
                 .create_vm_with_type(if by_attributes { SW_PROTECTED_VM } else { 0 })
                 .map_err(|errno| VmError::kvm("KVM_CREATE_VM", errno))?;
-            let bitmap = late.and_then(Late::bitmap).cloned();
+            let bitmap = supply.and_then(Supply::bitmap).cloned();
             let slots = Arc::new(Slots::new(vm, Arc::clone(&control.memory), bitmap)?);
-            if let Some(late) = late {
-                late.arm(&slots)?;
+            if let Some(supply) = supply {
+                supply.arm(&slots)?;
             }
             for (index, system) in systems.iter().enumerate() {
                 vcpus.push(KvmVcpu::new(
@@ -107,17 +104,25 @@ impl Machine {
                     index,
                     &offered,
                     system,
-                    late.and_then(|late| late.seat(index)),
+                    supply.and_then(|supply| supply.seat(index)),
                 )?);
             }
+        }
+        if let Some(visitors) = supply.and_then(Supply::visitors) {
+            sigbus::install_handler().map_err(|source| VmError::signal(&source))?;
+            control.memory.seat_visitors(visitors);
         }
         let mut machine = Self { kind, threads: Vec::new() };
         let mut vcpus = vcpus.into_iter();
         for index in 0..systems.len() {
             let (thread_control, vcpu) = (Arc::clone(control), vcpus.next());
+            let seat = match vcpu {
+                Some(_) => None,
+                None => supply.and_then(|supply| supply.seat(index)),
+            };
             let spawned = thread::Builder::new().name(format!("vcpu-{index}")).spawn(move || match vcpu {
                 Some(vcpu) => vcpu::kvm_thread(&thread_control, index, vcpu),
-                None => vcpu::standin_thread(&thread_control, index),
+                None => vcpu::standin_thread(&thread_control, index, seat),
             });
             match spawned {
                 Ok(thread) => machine.threads.push(thread),

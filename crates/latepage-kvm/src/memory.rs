@@ -3,6 +3,7 @@
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::str::FromStr;
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use latepage::sys::mapping::Mapping;
 use latepage::sys::memfd;
@@ -11,7 +12,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::VmError;
 use crate::layout::GuestLayout;
-use crate::sys::discard;
+use crate::supply::Seat;
+use crate::sys::{discard, sigbus};
 
 /// What guest memory is made of.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -70,6 +72,8 @@ pub struct GuestMemory {
     guest: Mapping,
     install: Option<Mapping>,
     memfd: Option<OwnedFd>,
+    /// Where a thread that has no seat of its own sees to absent pages, if accesses come back to their threads.
+    visitors: OnceLock<Mutex<Box<dyn Seat>>>,
 }
 
 impl GuestMemory {
@@ -97,7 +101,7 @@ impl GuestMemory {
             None if reserve => (Mapping::hugetlb(length)?, None),
             None => (Mapping::hugetlb_unreserved(length)?, None),
         };
-        Ok(Self { layout, backing, guest, install, memfd })
+        Ok(Self { layout, backing, guest, install, memfd, visitors: OnceLock::new() })
     }
 
     /// Memory that is a private mapping of a memory file: pages come from it when they are touched.
@@ -106,7 +110,14 @@ impl GuestMemory {
     /// [`VmError::Map`].
     pub(crate) fn from_file(layout: GuestLayout, file: BorrowedFd<'_>) -> Result<Self, VmError> {
         let guest = Mapping::private(file, 0, layout.bytes() as usize)?;
-        Ok(Self { layout, backing: Backing::MemoryFile, guest, install: None, memfd: None })
+        Ok(Self {
+            layout,
+            backing: Backing::MemoryFile,
+            guest,
+            install: None,
+            memfd: None,
+            visitors: OnceLock::new(),
+        })
     }
 
     /// Where the regions lie.
@@ -139,14 +150,29 @@ impl GuestMemory {
         self.backing == Backing::Shared
     }
 
+    /// From here on accesses come back to the threads that make them: those that have no seat of their own share this one.
+    pub(crate) fn seat_visitors(&self, seat: Box<dyn Seat>) {
+        let _ = self.visitors.set(Mutex::new(seat));
+    }
+
+    fn visit<R>(&self, touch: impl FnOnce() -> R) -> R {
+        match self.visitors.get() {
+            Some(visitors) if !sigbus::is_seated() => {
+                let mut seat = visitors.lock().unwrap_or_else(PoisonError::into_inner);
+                sigbus::seated(&mut **seat, touch)
+            }
+            _ => touch(),
+        }
+    }
+
     /// Copies out of the guest view. Waits, as the guest does, for what a pager has not brought yet.
     pub fn read(&self, offset: u64, into: &mut [u8]) {
-        self.guest.read(offset as usize, into);
+        self.visit(|| self.guest.read(offset as usize, into));
     }
 
     /// Copies into the guest view, as the guest would write.
     pub fn write(&self, offset: u64, from: &[u8]) {
-        self.guest.write(offset as usize, from);
+        self.visit(|| self.guest.write(offset as usize, from));
     }
 
     /// Puts contents in before the guest runs: through the install view where there is one.
@@ -156,12 +182,12 @@ impl GuestMemory {
 
     /// A word of the guest view.
     pub(crate) fn load(&self, offset: u64) -> u64 {
-        self.guest.load(offset as usize)
+        self.visit(|| self.guest.load(offset as usize))
     }
 
     /// Stores a word in the guest view.
     pub(crate) fn store(&self, offset: u64, value: u64) {
-        self.guest.store(offset as usize, value);
+        self.visit(|| self.guest.store(offset as usize, value));
     }
 
     /// Gives memory back to the host, as a balloon does: it reads as zero from then on. Waits until a pager has read of it.

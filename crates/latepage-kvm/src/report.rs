@@ -7,6 +7,7 @@ use serde::Serialize;
 use crate::job::JobReport;
 use crate::late::LateReport;
 use crate::memory::Backing;
+use crate::notify::NotifyReport;
 
 /// What saving wrote.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -66,6 +67,8 @@ pub struct Report {
     pub pager: Option<(PathBuf, &'static str)>,
     /// What has come, and how, where the VMM itself brings the memory.
     pub late: Option<LateReport>,
+    /// What the VMM's side has done, where its threads post to a pager.
+    pub notify: Option<NotifyReport>,
     /// CLOCK_MONOTONIC when the VM began to be created or restored.
     pub origin_monotonic_ns: u64,
     /// When the VM was ready to run.

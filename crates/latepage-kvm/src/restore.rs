@@ -54,7 +54,9 @@ pub(crate) fn restore_memory(
             let file = snapshot::open_memory(memory_file, bytes)?;
             GuestMemory::from_file(layout, file.as_fd())
         }
-        MemoryFrom::Late(_) => GuestMemory::new(layout, config.backing.unwrap_or(Backing::Shared), false),
+        MemoryFrom::Late(_) | MemoryFrom::Notify(_) => {
+            GuestMemory::new(layout, config.backing.unwrap_or(Backing::Shared), false)
+        }
         MemoryFrom::Pager { .. } => GuestMemory::new(layout, config.backing.unwrap_or(saved), false),
     }
 }

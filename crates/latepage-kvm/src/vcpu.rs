@@ -4,7 +4,6 @@ use std::sync::Arc;
 
 use kvm_bindings::{CpuId, Msrs, kvm_dtable, kvm_msr_entry, kvm_regs, kvm_segment};
 use kvm_ioctls::{VcpuExit, VcpuFd};
-use latepage::session::Seat;
 use rustix::io::Errno;
 
 use crate::control::{Control, Left};
@@ -13,7 +12,9 @@ use crate::guest::registers::Registers;
 use crate::guest::standin::{self, Stop};
 use crate::guest::{Program, port};
 use crate::layout::GuestLayout;
+use crate::supply::{Came, Seat};
 use crate::sys::kick::Kick;
+use crate::sys::sigbus;
 use crate::sys::slots::Slots;
 use crate::system_registers::{Segment, SystemRegisters, Table};
 use crate::trap::{EXIT_PRIVATE, EXIT_USERFAULT};
@@ -30,7 +31,7 @@ pub(crate) struct KvmVcpu {
     vcpu: VcpuFd,
     slots: Arc<Slots>,
     /// Where its memory-fault exits are resolved, if it has any.
-    seat: Option<Seat>,
+    seat: Option<Box<dyn Seat>>,
     /// The last of them, and how often in a row it came.
     last: (u64, u32),
 }
@@ -41,7 +42,7 @@ impl KvmVcpu {
         index: usize,
         cpuid: &CpuId,
         system: &SystemRegisters,
-        seat: Option<Seat>,
+        seat: Option<Box<dyn Seat>>,
     ) -> Result<Self, VmError> {
         let vcpu =
             slots.vm.create_vcpu(index as u64).map_err(|errno| VmError::kvm("KVM_CREATE_VCPU", errno))?;
@@ -105,9 +106,10 @@ impl KvmVcpu {
                 Ok(VcpuExit::MemoryFault { flags, gpa, .. })
                     if self.seat.is_some() && flags & (EXIT_PRIVATE | EXIT_USERFAULT) != 0 =>
                 {
-                    match self.memory_fault(gpa) {
-                        Ok(()) => continue,
-                        Err(why) => return Ok(Left::Failed(self.with_place(&why))),
+                    match self.memory_fault(gpa, control) {
+                        Came::There => continue,
+                        Came::Left => return Ok(Left::Paused(self.registers()?)),
+                        Came::Not(why) => return Ok(Left::Failed(self.with_place(&why))),
                     }
                 }
                 Ok(VcpuExit::Intr) => return Ok(Left::Paused(self.registers()?)),
@@ -161,16 +163,18 @@ impl KvmVcpu {
         }
     }
 
-    /// The vCPU wants a page that is absent, or was when it looked: it is there when this returns.
-    fn memory_fault(&mut self, gpa: u64) -> Result<(), String> {
+    /// The vCPU wants a page that is absent, or was when it looked.
+    fn memory_fault(&mut self, gpa: u64, control: &Control) -> Came {
         // Should another KVM_RUN fail without an address, it must not be taken for this exit.
         self.vcpu.get_kvm_run().exit_reason = 0;
         self.last = if self.last.0 == gpa { (gpa, self.last.1 + 1) } else { (gpa, 1) };
         if self.last.1 > AGAIN {
-            return Err(format!("guest address {gpa:#x} was resolved {AGAIN} times, and exits still"));
+            return Came::Not(format!("guest address {gpa:#x} was resolved {AGAIN} times, and exits still"));
         }
-        let seat = self.seat.as_mut().ok_or("a memory-fault exit, and nobody to resolve it")?;
-        seat.exit(gpa).map_err(|unresolved| unresolved.to_string())
+        match &mut self.seat {
+            Some(seat) => seat.exit(gpa, &control.pause),
+            None => Came::Not("a memory-fault exit, and nobody to resolve it".into()),
+        }
     }
 
     /// An `out` is over only when KVM_RUN was entered again: registers read or set before that may be changed by its end.
@@ -219,17 +223,22 @@ pub(crate) fn kvm_thread(control: &Control, index: usize, mut vcpu: KvmVcpu) {
     }
 }
 
-/// The same for a thread that stands in for a vCPU.
-pub(crate) fn standin_thread(control: &Control, index: usize) {
+/// The same for a thread that stands in for a vCPU. At `seat` it sees to what it touches, if its accesses come back to it.
+pub(crate) fn standin_thread(control: &Control, index: usize, mut seat: Option<Box<dyn Seat>>) {
     while let Some(mut registers) = control.enter(index, None) {
-        let stop =
+        let mut run = || {
             standin::run(&control.memory, &mut registers, &control.pause, |port, registers| match port {
                 port::HELLO => control.hello(),
                 port::PROGRESS => control.progress(index, registers),
                 port::WRONG => control.wrong(registers.rdi),
                 port::SAID => control.said(registers.rdi, registers.rax as u8),
                 _ => {}
-            });
+            })
+        };
+        let stop = match &mut seat {
+            Some(seat) => sigbus::seated(&mut **seat, run),
+            None => run(),
+        };
         let left = match stop {
             Stop::Paused => Left::Paused(registers),
             Stop::Done if registers.rip == Program::Hello.entry() => Left::Greeted,

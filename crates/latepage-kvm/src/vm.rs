@@ -6,6 +6,8 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use latepage::attachment::Form;
+
 use crate::config::{DiscardRange, MemoryFrom, RestoreConfig, VmConfig};
 use crate::control::{ActiveJob, Control, Slot, monotonic, page_is};
 use crate::error::VmError;
@@ -21,17 +23,20 @@ use crate::late::Late;
 use crate::layout::{CLASSES, CLASSES_LIMIT, GuestLayout, LIST, SEEDS, SYSTEM};
 use crate::machine::{GuestKind, Machine};
 use crate::memory::{Backing, GuestMemory};
+use crate::notify::Notify;
 use crate::report::{Comparison, Report, SaveReport};
 use crate::restore::{attach, restore_memory, resume_job};
 use crate::snapshot::{self, SavedJob, SavedState, SavedVcpu};
+use crate::supply::{Supply, SupplyReport};
 use crate::system_registers::SystemRegisters;
 
 /// How long vCPUs may take to leave the guest: one that waits for memory leaves when it gets it.
 const PAUSE_LIMIT: Duration = Duration::from_secs(30);
 /// The same when the VM ends, and waits no longer for anything.
 const QUIT_LIMIT: Duration = Duration::from_secs(1);
-/// The most vCPUs.
+/// The most vCPUs on KVM, and the most threads that stand in for them.
 const VCPUS: u32 = 64;
+const THREADS: u32 = 1024;
 
 /// A VM. Dropping it ends it.
 #[derive(Debug)]
@@ -40,7 +45,7 @@ pub struct Vm {
     control: Arc<Control>,
     machine: Option<Machine>,
     link: Option<PagerLink>,
-    late: Option<Arc<Late>>,
+    supply: Option<Arc<dyn Supply>>,
     ready_ns: u64,
     /// Held by what must not meet another of its kind: starting a job, saving, discarding, comparing. Holds the digests of the
     /// pages of the system area that are not zero.
@@ -55,9 +60,9 @@ impl Vm {
     pub fn create(config: &VmConfig) -> Result<Self, VmError> {
         let origin = monotonic();
         check_name(&config.name)?;
-        check_vcpus(config.vcpus)?;
-        let layout = GuestLayout::new(config.memory, config.split)?;
         let kind = config.guest.resolve()?;
+        check_vcpus(config.vcpus, kind)?;
+        let layout = GuestLayout::new(config.memory, config.split)?;
         let memory = Arc::new(GuestMemory::new(layout, config.backing, true)?);
         let mut digests = BTreeMap::new();
         for (gpa, bytes) in system::pages(memory.layout()) {
@@ -83,13 +88,13 @@ impl Vm {
         let name = config.name.clone().unwrap_or(state.name);
         check_name(&name)?;
         let vcpus = state.vcpus.len() as u32;
-        check_vcpus(vcpus).map_err(|error| refused(error.to_string()))?;
+        let kind = config.guest.resolve()?;
+        check_vcpus(vcpus, kind).map_err(|error| refused(error.to_string()))?;
         if state.programs != system::identity() {
             return Err(refused(
                 "it was saved with other guest programs; restore it with the latepage that saved it".into(),
             ));
         }
-        let kind = config.guest.resolve()?;
         let layout = GuestLayout::from_regions(state.regions).map_err(refused)?;
         let expectations = Expectations::restore(state.pages, layout.pages()).map_err(refused)?;
         let job =
@@ -100,33 +105,34 @@ impl Vm {
         };
         let memory = Arc::new(restore_memory(config, layout, saved)?);
         let link = attach(config, &memory, &name, vcpus)?;
-        let late = match &config.memory {
+        let supply: Option<Arc<dyn Supply>> = match &config.memory {
             MemoryFrom::Late(late) => Some(Arc::new(Late::new(&memory, late, vcpus as usize, kind)?)),
+            MemoryFrom::Notify(notify) => Some(Arc::new(Notify::new(&memory, notify, &name, vcpus, kind)?)),
             _ => None,
         };
         let slots: Vec<Slot> =
             state.vcpus.iter().map(|vcpu| Slot::new(vcpu.registers, vcpu.system, vcpu.unfinished)).collect();
         let control = Control::new(memory, origin, !config.paused, slots, expectations, job)?;
-        Self::start(name, kind, control, (link, late), state.system.into_iter().collect())
+        Self::start(name, kind, control, (link, supply), state.system.into_iter().collect())
     }
 
     fn start(
         name: String,
         kind: GuestKind,
         control: Control,
-        (mut link, late): (Option<PagerLink>, Option<Arc<Late>>),
+        (mut link, supply): (Option<PagerLink>, Option<Arc<dyn Supply>>),
         digests: BTreeMap<u64, u64>,
     ) -> Result<Self, VmError> {
         let control = Arc::new(control);
         if let Some(link) = &mut link {
             link.watch(&control)?;
         }
-        if let Some(late) = &late {
-            late.start(&control)?;
+        if let Some(supply) = &supply {
+            supply.start(&control)?;
         }
         let ready_ns = control.now();
-        let machine = Some(Machine::start(kind, &control, late.as_deref())?);
-        Ok(Self { name, control, machine, link, late, ready_ns, system: Mutex::new(digests) })
+        let machine = Some(Machine::start(kind, &control, supply.as_deref())?);
+        Ok(Self { name, control, machine, link, supply, ready_ns, system: Mutex::new(digests) })
     }
 
     /// Its name.
@@ -372,8 +378,8 @@ impl Vm {
         // A vCPU that meets the page half gone asks what it should hold: it shall get an answer only when that is settled.
         let _settling = self.control.settle_discards();
         let (offset, length) = (self.memory().layout().offset_of(first), count * PAGE);
-        match &self.late {
-            Some(late) => late.discard(self.memory(), offset, length)?,
+        match &self.supply {
+            Some(supply) => supply.discard(&self.control, offset, length)?,
             None => self.memory().discard(offset, length)?,
         }
         let mut state = self.control.lock();
@@ -451,6 +457,15 @@ impl Vm {
 
     /// The VM at a glance.
     pub fn report(&self) -> Report {
+        let mut pager = self.link.as_ref().map(|link| (link.path().to_path_buf(), link.form().name()));
+        let (late, notify) = match self.supply.as_ref().map(|supply| supply.report()) {
+            Some(SupplyReport::Late(late)) => (Some(late), None),
+            Some(SupplyReport::Notify(notify)) => (None, Some(notify)),
+            None => (None, None),
+        };
+        if let Some(notify) = &notify {
+            pager = Some((notify.socket.clone(), Form::Latepage.name()));
+        }
         let state = self.control.lock();
         Report {
             name: self.name.clone(),
@@ -467,8 +482,9 @@ impl Vm {
             memory: self.memory().layout().bytes(),
             pages: self.memory().layout().pages(),
             contents: state.expectations.summary(),
-            pager: self.link.as_ref().map(|link| (link.path().to_path_buf(), link.form().name())),
-            late: self.late.as_ref().map(|late| late.report()),
+            pager,
+            late,
+            notify,
             origin_monotonic_ns: self.control.origin(),
             ready_ns: self.ready_ns,
             first_instruction_ns: state.first_instruction,
@@ -506,7 +522,7 @@ impl Drop for Vm {
         } else {
             // Some vCPU waits for memory. Closing our userfaultfd could let it through to zeros; it stays until the process ends.
             std::mem::forget(self.link.take());
-            std::mem::forget(self.late.take());
+            std::mem::forget(self.supply.take());
         }
     }
 }
@@ -517,8 +533,12 @@ fn note_digests(digests: &mut BTreeMap<u64, u64>, gpa: u64, bytes: &[u8]) {
     }
 }
 
-fn check_vcpus(vcpus: u32) -> Result<(), VmError> {
-    if (1..=VCPUS).contains(&vcpus) { Ok(()) } else { Err(VmError::Vcpus { vcpus }) }
+fn check_vcpus(vcpus: u32, kind: GuestKind) -> Result<(), VmError> {
+    let most = if kind == GuestKind::Threads { THREADS } else { VCPUS };
+    if (1..=most).contains(&vcpus) {
+        return Ok(());
+    }
+    Err(VmError::Vcpus { vcpus, guest: kind.name(), most })
 }
 
 fn check_name(name: &str) -> Result<(), VmError> {

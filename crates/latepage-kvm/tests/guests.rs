@@ -4,7 +4,7 @@ mod machines;
 
 use std::time::Duration;
 
-use latepage_kvm::{Action, Backing, DiscardRange, Event, Job, Order, Vm, VmError};
+use latepage_kvm::{Action, Backing, DiscardRange, Event, GuestKind, Job, Order, Vm, VmError};
 use machines::{config, each_guest, run};
 
 #[test]
@@ -155,8 +155,12 @@ fn events_tell_the_story_of_a_job() {
 #[test]
 fn what_cannot_be_is_refused_and_says_why() {
     each_guest(|guest| {
-        let too_many = Vm::create(&config(guest, 65)).unwrap_err();
-        assert!(too_many.to_string().contains("1 to 64") && too_many.kind() == "usage");
+        let most = if guest == GuestKind::Kvm { 64 } else { 1024 };
+        for vcpus in [0, most + 1] {
+            let refused = Vm::create(&config(guest, vcpus)).unwrap_err();
+            assert!(refused.to_string().contains(&format!("on {guest} it must be 1 to {most}")), "{refused}");
+            assert_eq!(refused.kind(), "usage");
+        }
         let vm = Vm::create(&config(guest, 1)).unwrap();
         for range in [
             DiscardRange::Gpa { gpa: 4096, bytes: 4096 },

@@ -4,5 +4,6 @@
 pub(crate) mod discard;
 pub(crate) mod guest_code;
 pub(crate) mod kick;
+pub(crate) mod sigbus;
 pub(crate) mod slots;
 pub(crate) mod trial;
