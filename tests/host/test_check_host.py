@@ -60,7 +60,7 @@ def test_the_deliveries_that_latepage_has_are_told_from_those_to_come() -> None:
     assert {name: delivery["in_latepage"] for name, delivery in deliveries.items()} == {
         "uffd": True,
         "exit": True,
-        "notify": False,
+        "notify": True,
     }
     for delivery in deliveries.values():
         assert (delivery["kernel"] == "yes") == (not delivery["lacks"])

@@ -48,6 +48,11 @@ pub enum Event {
         /// When.
         ns: u64,
     },
+    /// Another pager listened at that socket's path, and was handed the VM (the delivery `notify`).
+    PagerBack {
+        /// When.
+        ns: u64,
+    },
     /// The VM cannot go on.
     Failed {
         /// Why.

@@ -59,8 +59,14 @@ DELIVERIES: dict[str, tuple[bool, tuple[tuple[str, ...], ...], str]] = {
         "a vCPU's access leaves the guest and is resolved on its own thread; KVM's own accesses still come by userfaultfd",
     ),
     "notify": (
-        False,
-        (EXITS, ("kvm.memory_fault_info",), ("memory.memfd",), ("userfaultfd.kernel",)),
+        True,
+        (
+            EXITS,
+            ("kvm.memory_fault_info",),
+            ("memory.memfd",),
+            ("userfaultfd.kernel",),
+            ("userfaultfd.feature.minor_shmem",),
+        ),
         "the VMM passes its exits on through a channel in shared memory",
     ),
 }

@@ -13,7 +13,7 @@ from latepage.cli.sizes import Size
 from latepage.kvm.client import Client
 from latepage.kvm.host import Life, live
 from latepage.kvm.jobs import Action, Job, Order
-from latepage.kvm.vm import Backing, ConfigError, Delivery, Guest, Handshake, Trap, default_name, late_memory
+from latepage.kvm.vm import Backing, ConfigError, Delivery, Guest, Handshake, Trap, default_name, late_memory, pager_memory
 
 __all__ = ["app"]
 
@@ -48,7 +48,7 @@ def run(
     Args:
         memory: how much memory, a multiple of 2 MiB.
         backing: what the memory is made of.
-        vcpus: 1 to 64.
+        vcpus: 1 to 64; of a guest of threads, to 1024.
         split: put the upper half of memory at 4 GiB, however small it is.
         guest: kvm, threads that stand in for it, or whichever there is.
         name: its name; vm-PID if not given.
@@ -86,6 +86,7 @@ def restore(
     trap: Trap | None = None,
     window: Size | None = None,
     pager: Path | None = None,
+    notify_all: Flag = False,
     handshake: Handshake | None = None,
     send_memory: bool | None = None,
     backing: Backing | None = None,
@@ -107,11 +108,13 @@ def restore(
         read: read this memory file in before the guest starts.
         map: map this memory file; the kernel brings pages when they are touched.
         late: have the VMM itself bring this memory file's pages when they are touched.
-        delivery: with --late: how accesses to absent pages reach the VMM. uffd (the default): a thread of it serves a
-            userfaultfd; exit: the vCPU's own thread resolves a memory-fault exit.
-        trap: with --delivery exit: what makes a vCPU's access an exit; by default the best that this kernel has.
+        delivery: with --late or --pager: how accesses to absent pages reach whoever brings them. uffd (the default): by
+            userfaultfd; exit (--late): the vCPU's own thread resolves a memory-fault exit; notify (--pager): it posts the
+            exit to the pager.
+        trap: with --delivery exit or notify: what makes a vCPU's access an exit; by default the best that this kernel has.
         window: with --late: how much comes with a touched page, a multiple of 4 KiB, 64 KiB at most; by default the page alone.
         pager: have the pager at this socket bring the memory.
+        notify_all: with --delivery notify: do not give the pager the userfaultfd; post what comes by it, too.
         handshake: the form in which the VM introduces itself to the pager; latepage if not given.
         send_memory: send the memfd of shared or private memory with it, so that the pager fills it through its own view;
             by default for shared memory.
@@ -135,8 +138,14 @@ def restore(
     if pager is None and handshake is not None:
         print("latepage vm restore: --handshake goes with --pager only", file=sys.stderr)
         return 2
-    if late is None and (delivery, trap, window) != (None, None, None):
-        print("latepage vm restore: --delivery, --trap and --window go with --late only", file=sys.stderr)
+    if late is None and pager is None and (delivery, trap) != (None, None):
+        print("latepage vm restore: --delivery and --trap go with --late or --pager only", file=sys.stderr)
+        return 2
+    if late is None and window is not None:
+        print("latepage vm restore: --window goes with --late only", file=sys.stderr)
+        return 2
+    if pager is None and notify_all:
+        print("latepage vm restore: --notify-all goes with --pager and --delivery notify only", file=sys.stderr)
         return 2
     match read, map, late, pager:
         case Path(), None, None, None:
@@ -146,8 +155,12 @@ def restore(
         case None, None, Path(), None:
             config["memory"] = late_memory(late, delivery or "uffd", trap, window)
         case None, None, None, Path():
-            way = {"handshake": handshake or "latepage", "send_memory": send_memory}
-            config["memory"] = {"from": "pager", "socket": str(pager), **way}
+            form: Handshake = handshake or "latepage"
+            try:
+                config["memory"] = pager_memory(pager, form, send_memory, delivery or "uffd", trap, notify_all=notify_all)
+            except ConfigError as error:
+                print(f"latepage vm restore: {error}", file=sys.stderr)
+                return 2
         case _:
             print("latepage vm restore: give exactly one of --read, --map, --late and --pager", file=sys.stderr)
             return 2
@@ -306,6 +319,8 @@ def report(api_sock: Path, /, *, json: Flag = False) -> None:
         lines.append(f"  pager     {fields['pager'][0]} ({fields['pager'][1]} handshake)")
     if fields["late"]:
         lines.append(f"  late      {_late(fields['late'])}")
+    if fields["notify"]:
+        lines.append(f"  notify    {_notify(fields['notify'])}")
     for label, of in (("job", fields["job"]), ("last job", fields["last_job"])):
         if of:
             wrong = _wrong(of["wrong_pages"], of["wrong"])
@@ -400,6 +415,8 @@ def _line(event: dict[str, Any]) -> str | None:
         case "pager_gone":
             said = f": {event['said']}" if event["said"] else ""
             return f"the pager has closed the connection{said}"
+        case "pager_back":
+            return "another pager is there, and has the VM"
         case "failed":
             return f"FAILED: {event['error']}"
         case "ended" if event["error"]:
@@ -419,6 +436,12 @@ def _late(fields: dict[str, Any]) -> str:
     by = f"exit by {fields['trap']}" if fields["trap"] else fields["delivery"]
     counts = f"{fields['exits']} exits, {fields['faults']} faults, {fields['filled']} pages filled, {fields['zero']} zero"
     return f"{fields['memory_file']} ({by}): {counts}"
+
+
+def _notify(fields: dict[str, Any]) -> str:
+    by = f"exit by {fields['trap']}" if fields["trap"] else "signal"
+    forwarded = f" ({fields['forwarded']} from userfaultfd)" if fields["all"] else ""
+    return f"{by}: {fields['exits']} exits, {fields['posted']} posted{forwarded}, {fields['removed']} discards"
 
 
 def _compared(fields: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ socket of either. All three take the same requests.
 from latepage.kvm.client import Client
 from latepage.kvm.jobs import Action, Comparison, Job, JobReport, Order
 from latepage.kvm.process import VmProcess
-from latepage.kvm.requests import LateReport, Report, Requests, SaveReport
+from latepage.kvm.requests import LateReport, NotifyReport, Report, Requests, SaveReport
 from latepage.kvm.vm import Backing, ConfigError, Delivery, Guest, Handshake, Trap, Vm
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "Job",
     "JobReport",
     "LateReport",
+    "NotifyReport",
     "Order",
     "Report",
     "Requests",

@@ -13,7 +13,7 @@ from typing import Any
 from latepage.errors import GuestError
 from latepage.kvm.host import Life, live
 from latepage.kvm.jobs import Job
-from latepage.kvm.vm import ConfigError, default_name, late_memory
+from latepage.kvm.vm import ConfigError, Delivery, default_name, late_memory, pager_memory
 
 __all__ = ["main"]
 
@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
 
     create = commands.add_parser("create", help="a VM with zeroed memory")
     create.add_argument("--memory", type=int, required=True, metavar="BYTES", help="a multiple of 2 MiB")
-    create.add_argument("--vcpus", type=int, default=1, help="1 to 64")
+    create.add_argument("--vcpus", type=int, default=1, help="1 to 64; of threads, to 1024")
     create.add_argument("--split", action="store_true", help="put the upper half of memory at 4 GiB")
     create.add_argument("--backing", choices=("shared", "private", "anonymous", "hugetlb"), default="anonymous")
 
@@ -60,9 +60,10 @@ def parser() -> argparse.ArgumentParser:
     origin.add_argument("--map", metavar="MEMORY", help="map this memory file")
     origin.add_argument("--late", metavar="MEMORY", help="bring this memory file's pages when they are touched")
     origin.add_argument("--pager", metavar="SOCKET", help="have a pager bring the memory")
-    restore.add_argument("--delivery", choices=("uffd", "exit"), help="with --late: how accesses reach the VMM")
-    restore.add_argument("--trap", choices=("bitmap", "attributes"), help="with --delivery exit: what makes them exits")
+    restore.add_argument("--delivery", choices=("uffd", "exit", "notify"), help="how accesses reach who brings pages")
+    restore.add_argument("--trap", choices=("bitmap", "attributes"), help="with exit or notify: what makes them exits")
     restore.add_argument("--window", type=int, metavar="BYTES", help="with --late: what comes with a touched page")
+    restore.add_argument("--notify-all", action="store_true", help="with notify: the pager gets no userfaultfd")
     restore.add_argument("--handshake", choices=("firecracker", "latepage"), default="latepage")
     restore.add_argument("--send-memory", choices=("yes", "no"), help="whether the memfd goes with the handshake")
     restore.add_argument("--backing", choices=("shared", "private", "anonymous", "hugetlb"))
@@ -104,13 +105,18 @@ def life(chosen: argparse.Namespace) -> Life:
 
 
 def _memory(chosen: argparse.Namespace) -> dict[str, Any]:
+    if chosen.notify_all and chosen.pager is None:
+        raise ConfigError("--notify-all goes with --pager and --delivery notify only")
     if chosen.late is not None:
         return late_memory(chosen.late, chosen.delivery or "uffd", chosen.trap, chosen.window)
-    if (chosen.delivery, chosen.trap, chosen.window) != (None, None, None):
-        raise ConfigError("--delivery, --trap and --window go with --late only")
+    if chosen.window is not None:
+        raise ConfigError("--window goes with --late only")
     if chosen.pager is not None:
         send = None if chosen.send_memory is None else chosen.send_memory == "yes"
-        return {"from": "pager", "socket": chosen.pager, "handshake": chosen.handshake, "send_memory": send}
+        delivery: Delivery = chosen.delivery or "uffd"
+        return pager_memory(chosen.pager, chosen.handshake, send, delivery, chosen.trap, notify_all=chosen.notify_all)
+    if (chosen.delivery, chosen.trap) != (None, None):
+        raise ConfigError("--delivery and --trap go with --late or --pager only")
     if chosen.read is not None:
         return {"from": "read", "memory_file": chosen.read}
     return {"from": "map", "memory_file": chosen.map}

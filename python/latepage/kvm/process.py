@@ -64,6 +64,7 @@ class VmProcess:
         trap: Trap | None = None,
         window: int | None = None,
         pager: str | Path | None = None,
+        notify_all: bool = False,
         handshake: Handshake = "latepage",
         send_memory: bool | None = None,
         backing: Backing | None = None,
@@ -85,6 +86,7 @@ class VmProcess:
         if pager is not None:
             arguments += ["--handshake", handshake]
             arguments += [] if send_memory is None else ["--send-memory", "yes" if send_memory else "no"]
+        arguments += ["--notify-all"] if notify_all else []
         arguments += ["--paused"] if paused else []
         return cls([*arguments, *_common(jobs, guest, name, compare, save)], api_sock=api_sock)
 

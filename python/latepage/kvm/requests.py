@@ -10,7 +10,7 @@ from typing import Any, Self
 from latepage.errors import GuestError
 from latepage.kvm.jobs import Comparison, Job, JobReport
 
-__all__ = ["LateReport", "Report", "Requests", "SaveReport", "result_of"]
+__all__ = ["LateReport", "NotifyReport", "Report", "Requests", "SaveReport", "result_of"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,33 @@ class LateReport:
 
 
 @dataclass(frozen=True)
+class NotifyReport:
+    """What a VMM has done whose threads post to a pager.
+
+    Attributes:
+        delivery: `notify`.
+        trap: what makes a vCPU's access an exit: `bitmap`, `attributes`, or None.
+        all: whether the pager has no userfaultfd: everything is posted.
+        socket: the pager's.
+        exits: accesses that came back to the thread that made them: memory-fault exits, or signals.
+        posted: faults that were posted.
+        forwarded: of those, faults that came by userfaultfd: KVM's own accesses, and the VMM's.
+        removed: discards that were posted, each of pages of one region.
+        connected: how often a pager was handed the VM: once, and once more after each one that went away.
+    """
+
+    delivery: str
+    trap: str | None
+    all: bool
+    socket: str
+    exits: int
+    posted: int
+    forwarded: int
+    removed: int
+    connected: int
+
+
+@dataclass(frozen=True)
 class Report:
     """A VM at a glance. Times are nanoseconds of CLOCK_MONOTONIC since the VM began to be created or restored.
 
@@ -74,6 +101,7 @@ class Report:
         contents: pages by the seed written to them last (None: they are zero).
         pager: the pager's socket and the form of the handshake, if a pager brings its memory.
         late: what has come, and how, if the VMM itself brings its memory.
+        notify: what the VMM's side has done, if its threads post to a pager.
         origin_monotonic_ns: CLOCK_MONOTONIC when the VM began to be created or restored.
         ready_ns: when it was ready to run.
         first_instruction_ns: when the guest ran its first instruction.
@@ -93,6 +121,7 @@ class Report:
     contents: dict[int | None, int]
     pager: tuple[str, str] | None
     late: LateReport | None
+    notify: NotifyReport | None
     origin_monotonic_ns: int
     ready_ns: int
     first_instruction_ns: int | None
@@ -105,6 +134,7 @@ class Report:
         own = dict(fields)
         own["contents"] = dict(fields["contents"])
         own["pager"] = tuple(fields["pager"]) if fields["pager"] else None
+        own["notify"] = NotifyReport(**fields["notify"]) if fields["notify"] else None
         own["late"] = LateReport(**fields["late"]) if fields["late"] else None
         for job in ("job", "last_job"):
             own[job] = JobReport.from_json(fields[job]) if fields[job] else None

@@ -15,7 +15,7 @@ __all__ = ["Backing", "ConfigError", "Delivery", "Guest", "Handshake", "Trap", "
 Backing = Literal["shared", "private", "anonymous", "hugetlb"]
 Guest = Literal["auto", "kvm", "threads"]
 Handshake = Literal["firecracker", "latepage"]
-Delivery = Literal["uffd", "exit"]
+Delivery = Literal["uffd", "exit", "notify"]
 Trap = Literal["bitmap", "attributes"]
 
 
@@ -50,7 +50,7 @@ class Vm(Requests):
             name: 1 to 64 of `A-Z a-z 0-9 . _ -`; by default `vm-PID`.
             memory: bytes, a multiple of 2 MiB.
             backing: what the memory is made of.
-            vcpus: 1 to 64.
+            vcpus: 1 to 64; of a guest of threads, to 1024.
             split: put the upper half at 4 GiB, however small the memory is.
             guest: `kvm`, `threads`, or whichever there is.
 
@@ -80,6 +80,7 @@ class Vm(Requests):
         trap: Trap | None = None,
         window: int | None = None,
         pager: str | Path | None = None,
+        notify_all: bool = False,
         handshake: Handshake = "latepage",
         send_memory: bool | None = None,
         name: str | None = None,
@@ -94,11 +95,12 @@ class Vm(Requests):
             memory_file: the memory file, if it is the VMM that brings the memory.
             map_memory: map the memory file and let the kernel bring pages when they are touched, instead of reading it in.
             late: have the VMM itself bring the memory file's pages when they are touched. The memory is shared memory.
-            delivery: how accesses to such pages reach the VMM: `uffd` (a thread of the VMM serves a userfaultfd), or `exit` (the
-                vCPU's own thread resolves a memory-fault exit).
+            delivery: how accesses to absent pages reach whoever brings them: `uffd` (by userfaultfd), `exit` (late memory: the
+                vCPU's own thread resolves a memory-fault exit), or `notify` (a pager's: it posts the exit to the pager).
             trap: what makes a vCPU's access an exit; None means the best that this kernel has.
             window: bytes that come with a touched page, a multiple of 4096, 65536 at most; None means the page alone.
             pager: a pager's socket, if it is a pager that brings the memory.
+            notify_all: with the delivery `notify`, do not give the pager the userfaultfd: post what comes by it, too.
             handshake: the form in which the VM introduces itself.
             send_memory: whether the memfd of shared or private memory goes with latepage's handshake, so that the pager fills it
                 through its own view; None means for shared memory.
@@ -116,8 +118,12 @@ class Vm(Requests):
             raise ConfigError("memory comes either from a memory file or from a pager: name one of the two")
         if late and (memory_file is None or map_memory):
             raise ConfigError("late memory comes from a memory file that is not mapped")
-        if not late and (delivery != "uffd" or trap is not None or window is not None):
-            raise ConfigError("delivery, trap and window go with late memory")
+        if pager is None and not late and (delivery != "uffd" or trap is not None):
+            raise ConfigError("delivery and trap go with late memory, or with a pager")
+        if not late and window is not None:
+            raise ConfigError("a window goes with late memory; a pager has a policy of its own")
+        if notify_all and pager is None:
+            raise ConfigError("notify_all takes a pager and the delivery notify")
         if memory_file is not None and late:
             memory = late_memory(memory_file, delivery, trap, window)
         elif memory_file is not None:
@@ -125,12 +131,7 @@ class Vm(Requests):
         else:
             if map_memory:
                 raise ConfigError("only a memory file can be mapped")
-            memory = {
-                "from": "pager",
-                "socket": os.fspath(pager or ""),
-                "handshake": handshake,
-                "send_memory": send_memory,
-            }
+            memory = pager_memory(pager or "", handshake, send_memory, delivery, trap, notify_all=notify_all)
         config = {
             "name": default_name() if name is None else name,
             "state_file": os.fspath(state_file),
@@ -191,6 +192,36 @@ def late_memory(memory_file: str | Path, delivery: Delivery, trap: Trap | None, 
     """Memory that the VMM itself brings, as a configuration has it."""
     fields = {"memory_file": os.fspath(memory_file), "delivery": delivery, "trap": trap, "window": window}
     return {"from": "late", **fields}
+
+
+def pager_memory(
+    socket: str | Path,
+    handshake: Handshake,
+    send_memory: bool | None,
+    delivery: Delivery,
+    trap: Trap | None,
+    *,
+    notify_all: bool,
+) -> dict[str, Any]:
+    """Memory that a pager brings, as a configuration has it.
+
+    Raises:
+        ConfigError: if there is no such way to a pager.
+    """
+    if delivery == "exit":
+        raise ConfigError(
+            "with the delivery exit the VMM brings the pages itself: name a memory file as late memory; "
+            "a pager takes uffd or notify"
+        )
+    if delivery == "uffd":
+        if trap is not None or notify_all:
+            raise ConfigError("a trap, and notify_all, go with the delivery notify")
+        return {"from": "pager", "socket": os.fspath(socket), "handshake": handshake, "send_memory": send_memory}
+    if handshake != "latepage":
+        raise ConfigError("Firecracker's handshake carries no channel: the delivery notify takes latepage's")
+    if send_memory is False:
+        raise ConfigError("with the delivery notify the pager fills the memory file, so it is always sent")
+    return {"from": "notify", "socket": os.fspath(socket), "trap": trap, "all": notify_all}
 
 
 def default_name() -> str:

@@ -83,6 +83,8 @@ pub struct NotifyReport {
     pub forwarded: u64,
     /// Discards that were posted, each of pages of one region.
     pub removed: u64,
+    /// How often a pager was handed the VM: once, and once more after each one that went away.
+    pub connected: u64,
 }
 
 impl Notify {
@@ -150,9 +152,9 @@ impl Notify {
             name: name.to_owned(),
             vcpus,
         };
-        let link = Link::connect(&config.socket, &handover)?;
         let desks = (0..vcpus + BESIDE).map(|_| Desk::default()).collect();
         let side = Arc::new(Side { handover, view, attributes, desks });
+        let link = Link::connect(&config.socket, &side)?;
         let clerk = Mutex::new(seat::Seat::take(&side, vcpus + CLERK).expect("nobody has taken it"));
         let forwarders = Mutex::default();
         Ok(Self { side, link, kind: trap, bitmap, vcpus, by_signal, clerk, forwarders })
@@ -169,13 +171,14 @@ impl Notify {
             posted: sum(|desk| desk.posted.get()),
             forwarded: sum(|desk| desk.forwarded.get()),
             removed: sum(|desk| desk.removed.get()),
+            connected: self.link.connected(),
         }
     }
 }
 
 impl Supply for Notify {
     fn start(&self, control: &Arc<Control>) -> Result<(), VmError> {
-        self.link.watch(control)?;
+        self.link.watch(control, &self.side)?;
         if !self.side.handover.hands_userfaultfd && !self.by_signal {
             let first = self.vcpus + FORWARD;
             let seats = (first..first + FORWARDERS).filter_map(|slot| seat::Seat::take(&self.side, slot));

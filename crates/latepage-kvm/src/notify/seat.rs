@@ -195,6 +195,16 @@ impl Side {
         Ok(())
     }
 
+    /// What a pager had read of the userfaultfd and not seen to is known to nobody since it died: whoever waits there asks again.
+    pub(super) fn ask_again(&self) {
+        if self.handover.hands_userfaultfd {
+            for region in self.handover.layout.regions() {
+                // It fails for an unaligned or empty range alone.
+                let _ = self.handover.userfaultfd.wake(region.hva, region.size);
+            }
+        }
+    }
+
     /// Maps a page into the guest view. Whether it was not there before.
     fn show(&self, page: u32) -> Result<bool, Missing> {
         let Some(view) = &self.view else { return Ok(false) };
