@@ -1,5 +1,6 @@
 """The delivery `notify` from Python and on the command line: guests of threads, on any kernel, and what is refused."""
 
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from actors.serve import Serve
-from latepage import GuestError
+from latepage import CallbackSource, GuestError, Pager, Policy
 from latepage.check import check_host
 from latepage.kvm import ConfigError, Job, Trap, Vm, VmProcess
 
@@ -69,6 +70,24 @@ def test_the_command_line_restores_and_tells(snapshot: Snapshot, serve: Callable
         said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "  notify    signal: " in said
     assert " from userfaultfd), 0 discards" in said
+
+
+@pytest.mark.parametrize("notify_all", [False, True])
+def test_a_page_that_cannot_be_had_ends_the_process_and_is_never_zero(snapshot: Snapshot, folder: Path, notify_all: bool) -> None:
+    contents = snapshot[1].read_bytes()
+    broken = (2 << 20) + 50 * 4096
+
+    def supply(offset: int, length: int) -> bytes:
+        if offset <= broken < offset + length:
+            raise OSError("it is lost")
+        return contents[offset : offset + length]
+
+    source = CallbackSource(supply, size=len(contents), batch=4096)
+    with Pager() as pager:
+        pager.listen(folder / "pager.sock", source, Policy(on_missing="poison", fault_around=4096))
+        way = {"pager": folder / "pager.sock", "delivery": "notify", "notify_all": notify_all}
+        with VmProcess.restore(snapshot[0], Job("touch"), guest="threads", **way) as vm:  # type: ignore[arg-type]
+            assert vm.wait() == -signal.SIGBUS
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from latepage import GuestError
+from latepage import CallbackSource, GuestError, Pager, Policy
 from latepage.kvm import Job, NotifyReport, Trap, Vm
 
 MEMORY = 6 << 20
@@ -223,6 +223,28 @@ def test_a_vcpu_that_waits_for_a_page_can_be_paused_and_goes_on(
             vm.resume()
         # They wait for the same pages, and have not asked again.
         assert told(vm).posted == before.posted + 2
+
+
+def test_a_page_that_cannot_be_had_fails_the_vm_and_is_never_zero(
+    snapshots: Callable[[int], Snapshot], folder: Path, trap: Trap, all_posted: bool
+) -> None:
+    state, memory = snapshots(2)
+    contents = memory.read_bytes()
+    broken = (2 << 20) + 50 * 4096
+
+    def supply(offset: int, length: int) -> bytes:
+        if offset <= broken < offset + length:
+            raise OSError("it is lost")
+        return contents[offset : offset + length]
+
+    source = CallbackSource(supply, size=len(contents), batch=4096)
+    way = {"pager": folder / "pager.sock", "delivery": "notify", "notify_all": all_posted, "trap": trap}
+    with Pager() as pager:
+        pager.listen(folder / "pager.sock", source, Policy(on_missing="poison", fault_around=4096))
+        with Vm.restore(state, guest="kvm", **way) as vm:  # type: ignore[arg-type]
+            vm.run(Job("touch"))
+            with pytest.raises(GuestError, match=f"guest address {broken:#x} could not be had: its pager cannot supply it"):
+                vm.wait()
 
 
 @pytest.mark.needs_kernel("stock")
