@@ -22,6 +22,8 @@ pub(crate) struct Handover {
     pub(crate) memory: OwnedFd,
     /// The bits of its pages, if these make an access come back.
     pub(crate) bitmap: Option<OwnedFd>,
+    /// What has become of each page, as pagers note it: the next one knows what is there.
+    pub(crate) pages: OwnedFd,
     /// Over the guest view. Were the pager's the only one, its death would let whoever waits there through to zeros.
     pub(crate) userfaultfd: Arc<Userfaultfd>,
     /// Whether the pager gets it too. If not, this process exposes every page.
@@ -42,11 +44,16 @@ impl Handover {
             memory: true,
             layout: &self.layout,
         };
-        let message =
-            native::message_with_channel(&introduction, self.bitmap.is_some(), self.hands_userfaultfd);
+        let beside = native::BesideChannel {
+            bitmap: self.bitmap.is_some(),
+            pages: true,
+            userfaultfd: self.hands_userfaultfd,
+        };
+        let message = native::message_with_channel(&introduction, beside);
         let (channel, bell) = self.channel.descriptors();
         let mut descriptors = vec![channel, bell, self.memory.as_fd()];
         descriptors.extend(self.bitmap.as_ref().map(AsFd::as_fd));
+        descriptors.push(self.pages.as_fd());
         descriptors.extend(self.hands_userfaultfd.then(|| self.userfaultfd.as_fd()));
         let sent = fdpass::send(socket, message.as_bytes(), &descriptors)?;
         if sent < message.len() {

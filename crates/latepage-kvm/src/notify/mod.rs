@@ -23,6 +23,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use latepage::delivery::channel::Channel;
 use latepage::install::{MinorInstall, PageBitmap, Trap};
+use latepage::memory::PageTable;
 use latepage::sys::uffd::{Features, RegisterMode, Userfaultfd};
 use serde::Serialize;
 
@@ -142,9 +143,11 @@ impl Notify {
             true => Some(MinorInstall::new(Arc::clone(&userfaultfd), MinorInstall::map(file, &layout)?)),
             false => None,
         };
+        let pages = PageTable::create(&layout).map_err(|errno| VmError::call("memfd_create", errno))?;
         let handover = Handover {
             layout,
             channel,
+            pages,
             memory: file.try_clone().map_err(|source| VmError::copy(&source))?,
             bitmap: bitmap_file,
             userfaultfd,
