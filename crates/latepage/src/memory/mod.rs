@@ -24,3 +24,5 @@ pub use transitions::{Claim, PageState, STATES, STEPS, Step, TRANSITIONS};
 mod properties;
 #[cfg(all(test, loom))]
 mod races;
+#[cfg(all(test, loom))]
+mod successors;
