@@ -92,7 +92,7 @@ fn serve(listener: &UnixListener, contents: &[u8], manner: Manner, wait: &mpsc::
 }
 
 fn uffd(hello: &Hello) -> &Userfaultfd {
-    hello.userfaultfd.as_ref().expect("a VM of these tests sends one")
+    hello.userfaultfds.first().expect("a VM of these tests sends one")
 }
 
 /// Whether the page is there now.

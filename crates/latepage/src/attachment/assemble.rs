@@ -16,7 +16,7 @@ use super::{Notify, native};
 
 /// What the descriptors of a handshake are, checked.
 pub(super) struct Parts {
-    pub(super) userfaultfd: Option<Userfaultfd>,
+    pub(super) userfaultfds: Vec<Userfaultfd>,
     pub(super) memory: Option<OwnedFd>,
     pub(super) notify: Option<Notify>,
 }
@@ -54,7 +54,7 @@ pub(super) fn put_together(
     let mut take = |kind| places.of(kind).and_then(|place| all[place].take());
     // It was looked at just now.
     let userfaultfd = take(USERFAULTFD).and_then(|descriptor| Userfaultfd::from_fd(descriptor).ok());
-    Ok(Parts { userfaultfd, memory: take(MEMORY), notify })
+    Ok(Parts { userfaultfds: userfaultfd.into_iter().collect(), memory: take(MEMORY), notify })
 }
 
 fn check_userfaultfd(descriptor: &OwnedFd, position: usize) -> Result<(), RefusalReason> {

@@ -3,7 +3,7 @@
 use std::mem;
 use std::os::fd::OwnedFd;
 
-use crate::memory::Layout;
+use crate::memory::{Layout, Shards};
 use crate::sys::uffd::Userfaultfd;
 
 use super::assemble::{Parts, put_together};
@@ -180,7 +180,7 @@ impl Incoming {
                 (announcement.places, &announcement.layout, announcement.vcpus)
             }
         };
-        let Parts { userfaultfd, memory, notify } =
+        let Parts { userfaultfds, memory, notify } =
             put_together(&mut self.descriptors, places, layout, vcpus)?;
         Ok(match self.announced.take().expect("looked at above") {
             Announced::Firecracker(layout) => Hello {
@@ -188,8 +188,9 @@ impl Incoming {
                 name: None,
                 vcpus,
                 backing: firecracker::backing(&layout),
+                shards: Shards::whole(&layout),
                 layout,
-                userfaultfd,
+                userfaultfds,
                 memory,
                 notify,
             },
@@ -198,8 +199,9 @@ impl Incoming {
                 name: announcement.name,
                 vcpus,
                 backing: announcement.backing,
+                shards: Shards::whole(&announcement.layout),
                 layout: announcement.layout,
-                userfaultfd,
+                userfaultfds,
                 memory,
                 notify,
             },

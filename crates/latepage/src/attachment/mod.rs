@@ -25,7 +25,7 @@ use std::os::fd::OwnedFd;
 
 use crate::delivery::channel::{ChannelMemory, Reader};
 use crate::install::PageBitmap;
-use crate::memory::{Layout, PageTable};
+use crate::memory::{Layout, PageTable, Shards};
 use crate::sys::uffd::Userfaultfd;
 
 /// Which protocol the peer spoke.
@@ -63,8 +63,10 @@ pub struct Hello {
     pub backing: Backing,
     /// Where its memory lies.
     pub layout: Layout,
-    /// Its faults, or those of them that no channel carries. There is one, or a channel.
-    pub userfaultfd: Option<Userfaultfd>,
+    /// How its memory is divided among its userfaultfds: undivided, where there is one or none.
+    pub shards: Shards,
+    /// Its faults, or those of them that no channel carries: a userfaultfd for each shard, or none where there is a channel.
+    pub userfaultfds: Vec<Userfaultfd>,
     /// The file that its memory is a mapping of, sealed against shrinking and long enough for every region's offset.
     pub memory: Option<OwnedFd>,
     /// The channel that its faults are posted to. There is `memory`, then.

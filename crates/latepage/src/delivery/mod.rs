@@ -31,6 +31,9 @@ pub enum Surprise {
     /// A fault outside every region of the layout, at this address.
     #[error("a fault at {0:#x}, outside every region that the VM named")]
     Stray(u64),
+    /// A message about this address, which lies in another shard than its userfaultfd's.
+    #[error("a message about {0:#x} by a userfaultfd that was announced for another shard of the memory")]
+    Misplaced(u64),
     /// Memory moved from one address to another, for so many bytes.
     #[error("memory moved from {from:#x} to {to:#x} ({length:#x} bytes): its faults cannot be served there")]
     Moved {

@@ -11,12 +11,20 @@ use crate::sys::uffd::{Message, Userfaultfd};
 /// Faults of one userfaultfd: its creator's memory, wherever that lives.
 pub struct UffdDelivery {
     uffd: Arc<Userfaultfd>,
+    /// The pages that it may tell of.
+    pages: Range<u32>,
 }
 
 impl UffdDelivery {
     /// Over a userfaultfd whose ranges its creator has registered.
     pub fn new(uffd: Arc<Userfaultfd>) -> Self {
-        Self { uffd }
+        Self::over(uffd, 0..u32::MAX)
+    }
+
+    /// Over one of several userfaultfds of a VM, of which this one is registered over these pages. What it tells of others is a
+    /// surprise: whoever reads another userfaultfd installs those.
+    pub fn over(uffd: Arc<Userfaultfd>, pages: Range<u32>) -> Self {
+        Self { uffd, pages }
     }
 }
 
@@ -29,12 +37,23 @@ impl Delivery for UffdDelivery {
         for message in batch.messages.drain() {
             match message {
                 Message::PageFault { address, flags, thread } => match layout.find_hva(address) {
-                    Some(page) => batch.faults.push(Fault { page, flags, thread }),
+                    Some(page) if self.pages.contains(&page) => {
+                        batch.faults.push(Fault { page, flags, thread })
+                    }
+                    Some(_) => batch.surprises.push(Surprise::Misplaced(address)),
                     None => batch.surprises.push(Surprise::Stray(address)),
                 },
                 // What was unmapped, as what was discarded, never comes from the snapshot again.
                 Message::Remove { start, end } | Message::Unmap { start, end } => {
-                    batch.removed.extend(layout.pages_in_hva(start, end));
+                    for pages in layout.pages_in_hva(start, end) {
+                        let mine = pages.start.max(self.pages.start)..pages.end.min(self.pages.end);
+                        if mine != pages {
+                            batch.surprises.push(Surprise::Misplaced(start));
+                        }
+                        if !mine.is_empty() {
+                            batch.removed.push(mine);
+                        }
+                    }
                 }
                 Message::Remap { from, to, length } => {
                     batch.surprises.push(Surprise::Moved { from, to, length })

@@ -188,8 +188,8 @@ impl Install for BitmapInstall {
         self.inner.poison(layout, pages)
     }
 
-    fn detach(&self, layout: &Layout) -> Result<(), Errno> {
-        self.inner.detach(layout)
+    fn detach(&self, layout: &Layout, pages: Range<u32>) -> Result<(), Errno> {
+        self.inner.detach(layout, pages)
     }
 
     fn has_memory(&self) -> bool {

@@ -76,8 +76,8 @@ impl Install for CopyInstall {
         poison(&self.uffd, layout, pages)
     }
 
-    fn detach(&self, layout: &Layout) -> Result<(), Errno> {
-        detach(&self.uffd, layout)
+    fn detach(&self, layout: &Layout, pages: Range<u32>) -> Result<(), Errno> {
+        detach(&self.uffd, layout, pages)
     }
 
     fn has_memory(&self) -> bool {
@@ -140,9 +140,8 @@ pub(super) fn poison(uffd: &Userfaultfd, layout: &Layout, pages: Range<u32>) -> 
     )
 }
 
-pub(super) fn detach(uffd: &Userfaultfd, layout: &Layout) -> Result<(), Errno> {
+pub(super) fn detach(uffd: &Userfaultfd, layout: &Layout, pages: Range<u32>) -> Result<(), Errno> {
     layout
-        .regions()
-        .iter()
-        .try_for_each(|region| uffd.unregister(region.hva, region.size).map_err(|error| error.errno))
+        .ranges(pages)
+        .try_for_each(|(start, length)| uffd.unregister(start, length).map_err(|error| error.errno))
 }

@@ -1,6 +1,7 @@
 //! Filling alone: for guests whose VMM exposes the pages itself, or does so by a bitmap.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use rustix::io::Errno;
 
@@ -13,13 +14,13 @@ use crate::sys::mapping::Window;
 ///
 /// A page that cannot be had is one that its waiter is told of: nothing else can be done to it from here.
 pub struct FillInstall {
-    view: InstallView,
+    view: Arc<InstallView>,
 }
 
 impl FillInstall {
     /// Into the file of which `view` is the install view.
-    pub fn new(view: InstallView) -> Self {
-        Self { view }
+    pub fn new(view: impl Into<Arc<InstallView>>) -> Self {
+        Self { view: view.into() }
     }
 }
 
@@ -61,7 +62,7 @@ impl Install for FillInstall {
         all(&pages)
     }
 
-    fn detach(&self, _: &Layout) -> Result<(), Errno> {
+    fn detach(&self, _: &Layout, _: Range<u32>) -> Result<(), Errno> {
         Ok(())
     }
 

@@ -16,7 +16,7 @@ use crate::sys::uffd::{InstallMode, OwnersMemory, Userfaultfd};
 /// For pages of 4 KiB: a store to a huge page that the pool does not have would be a SIGBUS, so huge pages are copied in.
 pub struct MinorInstall {
     uffd: Arc<Userfaultfd>,
-    view: InstallView,
+    view: Arc<InstallView>,
 }
 
 impl MinorInstall {
@@ -28,9 +28,9 @@ impl MinorInstall {
         InstallView::map(memory, layout)
     }
 
-    /// Into the memory of the userfaultfd's creator, of which `view` is the install view.
-    pub fn new(uffd: Arc<Userfaultfd>, view: InstallView) -> Self {
-        Self { uffd, view }
+    /// Into the memory of the userfaultfd's creator, of which `view` is the install view. Several may share one.
+    pub fn new(uffd: Arc<Userfaultfd>, view: impl Into<Arc<InstallView>>) -> Self {
+        Self { uffd, view: view.into() }
     }
 }
 
@@ -85,8 +85,8 @@ impl Install for MinorInstall {
         copy::poison(&self.uffd, layout, pages)
     }
 
-    fn detach(&self, layout: &Layout) -> Result<(), Errno> {
-        copy::detach(&self.uffd, layout)
+    fn detach(&self, layout: &Layout, pages: Range<u32>) -> Result<(), Errno> {
+        copy::detach(&self.uffd, layout, pages)
     }
 
     fn has_memory(&self) -> bool {

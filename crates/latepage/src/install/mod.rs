@@ -109,11 +109,11 @@ pub trait Install: Send + Sync {
     /// Makes every access to the pages an error (UFFDIO_POISON, Linux 6.6 and later).
     fn poison(&self, layout: &Layout, pages: Range<u32>) -> Outcome;
 
-    /// Ends fault reporting for all of the guest's memory.
+    /// Ends fault reporting for these pages, which may lie in several regions: all that are installed by this.
     ///
     /// # Errors
     /// The errno of UFFDIO_UNREGISTER.
-    fn detach(&self, layout: &Layout) -> Result<(), Errno>;
+    fn detach(&self, layout: &Layout, pages: Range<u32>) -> Result<(), Errno>;
 
     /// Whether the guest's memory still exists.
     fn has_memory(&self) -> bool;

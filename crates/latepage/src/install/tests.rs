@@ -174,8 +174,8 @@ fn zero_in_a_file_that_has_the_page_is_already_there() {
 fn memory_that_is_let_go_faults_no_more() {
     let Some(made) = made(Of::Anonymous, 4) else { return };
     let install = made.copy();
-    install.detach(&made.layout).unwrap();
-    install.detach(&made.layout).unwrap();
+    install.detach(&made.layout, 0..made.layout.pages()).unwrap();
+    install.detach(&made.layout, 0..made.layout.pages()).unwrap();
     assert_eq!(made.view.load(0), 0);
     made.view.dont_need(0, 4 * PAGE).unwrap();
     assert!(install.has_memory());

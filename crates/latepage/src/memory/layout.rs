@@ -219,6 +219,22 @@ impl Layout {
             .filter(|pages| !pages.is_empty())
     }
 
+    /// Where a run of pages lies in the VMM's process: an address and a length in bytes for each region that it has a part of.
+    ///
+    /// # Panics
+    /// Where there are no such pages.
+    pub fn ranges(&self, pages: Range<u32>) -> impl Iterator<Item = (u64, u64)> + '_ {
+        let mut at = pages.start;
+        std::iter::from_fn(move || {
+            (at < pages.end).then(|| {
+                let (place, end) = (self.place(at), self.region_end(at).min(pages.end));
+                let length = u64::from(end - at) << place.page_size.shift();
+                at = end;
+                (place.hva, length)
+            })
+        })
+    }
+
     fn region_of(&self, page: u32) -> usize {
         assert!(page < self.pages(), "page {page} of a layout of {}", self.pages());
         self.first_pages.partition_point(|first| *first <= page) - 1

@@ -8,6 +8,7 @@ mod bitmap;
 mod layout;
 mod page_size;
 mod pages;
+mod shards;
 #[cfg(not(loom))]
 mod table;
 mod transitions;
@@ -16,6 +17,7 @@ pub(crate) use bitmap::Bitmap;
 pub use layout::{AddressSpace, Layout, LayoutError, Place, Region};
 pub use page_size::PageSize;
 pub use pages::Pages;
+pub use shards::{Shards, ShardsError};
 #[cfg(not(loom))]
 pub use table::{PageTable, PageTableError};
 pub use transitions::{Claim, PageState, STATES, STEPS, Step, TRANSITIONS};

@@ -59,7 +59,7 @@ impl Host for Shared {
             }
             Report::Surprise(what) => self.events.emit(What::Surprise { vm: vm(), what }),
             Report::Over(_) => {
-                if let Some(worker) = self.worker(session.id()) {
+                for (worker, _) in self.workers_of(session) {
                     worker.take_down(session.id());
                 }
             }
@@ -75,9 +75,9 @@ impl Host for Shared {
         }
     }
 
-    fn nudge(&self, session: &Session) {
-        if let Some(worker) = self.worker(session.id()) {
-            worker.look_at(session.id());
+    fn nudge(&self, session: &Session, shard: usize) {
+        if let Some(worker) = self.worker(session.id(), shard) {
+            worker.look_at(session.id(), shard);
         }
     }
 }

@@ -52,7 +52,7 @@ use lanes::{Lane, Lanes};
 use listener::ListeningSocket;
 use placement::Scout;
 use pool::{Job, Pool};
-use worker::Worker;
+use worker::{Share, Worker};
 
 pub use arrivals::Arrivals;
 pub use events::{Event, Events, What};
@@ -536,9 +536,17 @@ impl Shared {
         }
     }
 
-    fn worker(&self, session: u64) -> Option<&Worker> {
+    /// The worker of a session's shard: shards are dealt out, one worker after the other.
+    fn worker(&self, session: u64, shard: usize) -> Option<&Worker> {
         let workers = self.workers.get()?;
-        Some(&workers[session as usize % workers.len()])
+        Some(&workers[(session as usize).wrapping_add(shard) % workers.len()])
+    }
+
+    /// The workers of a session, each with its share of it.
+    fn workers_of(&self, session: &Session) -> impl Iterator<Item = (&Worker, Share)> {
+        let (id, step) = (session.id(), self.workers.get().map_or(0, Vec::len));
+        let shares = 0..step.min(session.shards());
+        shares.filter_map(move |first| Some((self.worker(id, first)?, Share { first, step })))
     }
 
     /// Makes a session of a VM whose handshake was good, or says why not, and gives back what belongs to it.
@@ -559,11 +567,7 @@ impl Shared {
             false => listener.source.admit(&hello.layout).err().map(RefusalReason::from),
         };
         if let Some(reason) = reason {
-            let refusal = Refusal {
-                reason,
-                userfaultfds: hello.userfaultfd.into_iter().collect(),
-                layout: Some(hello.layout),
-            };
+            let refusal = Refusal { reason, userfaultfds: hello.userfaultfds, layout: Some(hello.layout) };
             return Some((refusal, socket, process, Some(name)));
         }
         hello.name = Some(name);
@@ -575,8 +579,7 @@ impl Shared {
             Err(failed) => {
                 let failed = *failed;
                 let reason = RefusalReason::Mapping(failed.error);
-                let refusal =
-                    Refusal { reason, userfaultfds: failed.userfaultfd.into_iter().collect(), layout: None };
+                let refusal = Refusal { reason, userfaultfds: failed.userfaultfds, layout: None };
                 let socket = failed.peer.socket.expect("it was given above");
                 return Some((refusal, socket, failed.peer.process, failed.name));
             }
@@ -597,8 +600,8 @@ impl Shared {
             self.report(&session, Report::Full);
         }
         self.warn_of_poison(&session);
-        if let Some(worker) = self.worker(id) {
-            worker.adopt(Arc::clone(&session));
+        for (worker, share) in self.workers_of(&session) {
+            worker.adopt(Arc::clone(&session), share);
         }
         if let Some(following) = &listener.following {
             following.adopt(Arc::clone(&session));

@@ -14,16 +14,22 @@ use rustix::event::{Timespec, epoll};
 
 use super::bell::Bell;
 use super::placement::{Scout, Stance};
+use crate::memory::Shards;
 use crate::session::{Scratch, Session};
 use crate::sys::pidfd::PidFd;
 use crate::sys::sched::{self, Cores};
 
-/// The token of the bell; sessions' tokens are three for each place in the table.
+/// The token of the bell; sessions' tokens have their place in the table, and below it what is watched: the process, the socket, or
+/// one of its shards.
 const BELL: u64 = u64::MAX;
-const KINDS: u64 = 3;
-const FAULTS: u64 = 0;
-const PROCESS: u64 = 1;
-const SOCKET: u64 = 2;
+const KINDS: u64 = 128;
+const PROCESS: u64 = 0;
+const SOCKET: u64 = 1;
+const FAULTS: u64 = 2;
+const _: () = assert!(Shards::MOST as u64 + FAULTS <= KINDS);
+
+/// Faults after which a session's turn ends, though others of its shards have some: about what one shard's turn ends after.
+const TURN: u32 = 256;
 
 /// Faults after which the scout is called, if they came within so short a time.
 const MANY: u32 = 8;
@@ -34,10 +40,32 @@ const LOOK_AGAIN: Duration = Duration::from_millis(10);
 const LOOK_AGAIN_AT_MOST: Duration = Duration::from_secs(1);
 
 enum Order {
-    Adopt(Arc<Session>),
-    LookAt(u64),
+    Adopt(Arc<Session>, Share),
+    LookAt(u64, usize),
     TakeDown(u64),
     Stop,
+}
+
+/// The shards of a session that a worker serves: one in so many, from the first that is its own.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Share {
+    pub(super) first: usize,
+    pub(super) step: usize,
+}
+
+impl Share {
+    /// How many of so many shards they are.
+    fn of(self, shards: usize) -> usize {
+        shards.saturating_sub(self.first).div_ceil(self.step)
+    }
+
+    fn shard(self, at: usize) -> usize {
+        self.first + at * self.step
+    }
+
+    fn find(self, shard: usize) -> usize {
+        (shard - self.first) / self.step
+    }
 }
 
 /// The side of a worker that other threads see.
@@ -120,12 +148,12 @@ impl Worker {
         self.bell.ring();
     }
 
-    pub(super) fn adopt(&self, session: Arc<Session>) {
-        self.order(Order::Adopt(session));
+    pub(super) fn adopt(&self, session: Arc<Session>, share: Share) {
+        self.order(Order::Adopt(session, share));
     }
 
-    pub(super) fn look_at(&self, session: u64) {
-        self.order(Order::LookAt(session));
+    pub(super) fn look_at(&self, session: u64, shard: usize) {
+        self.order(Order::LookAt(session, shard));
     }
 
     pub(super) fn take_down(&self, session: u64) {
@@ -139,12 +167,71 @@ impl Worker {
 
 struct Slot {
     session: Arc<Session>,
-    /// Waits in `ready`.
+    share: Share,
+    shards: Box<[Served]>,
+    /// Those of its shards that wait for this session's turn.
+    ready: VecDeque<usize>,
+    /// Waits in the worker's `ready`.
+    queued: bool,
+    /// When a VM that showed a sign of death is looked at again, and the pause after that.
+    suspected: Option<(Instant, Duration)>,
+}
+
+/// A shard of a session, by its place among those that this worker serves.
+#[derive(Clone, Copy, Default)]
+struct Served {
+    /// Waits in the session's `ready`.
     queued: bool,
     /// When parked faults are tried again.
     due: Option<Instant>,
-    /// When a VM that showed a sign of death is looked at again, and the pause after that.
-    suspected: Option<(Instant, Duration)>,
+}
+
+impl Slot {
+    fn new(session: Arc<Session>, share: Share) -> Self {
+        let shards = share.of(session.shards());
+        Self {
+            session,
+            share,
+            shards: vec![Served::default(); shards].into(),
+            ready: VecDeque::with_capacity(shards),
+            queued: false,
+            suspected: None,
+        }
+    }
+
+    /// Has a shard wait for the session's turn. Whether the session now must be told to wait for one.
+    fn enqueue(&mut self, shard: usize) -> bool {
+        // A late event may mean a shard of the session that had this place before.
+        let Some(served) = self.shards.get_mut(shard) else { return false };
+        if !std::mem::replace(&mut served.queued, true) {
+            self.ready.push_back(shard);
+        }
+        !std::mem::replace(&mut self.queued, true)
+    }
+
+    /// Serves its shards in their order, until enough was done for one turn. Returns how many faults that were.
+    fn serve(&mut self, scratch: &mut Scratch) -> u32 {
+        let mut faults = 0;
+        for _ in 0..self.ready.len() {
+            let Some(at) = self.ready.pop_front() else { break };
+            self.shards[at].queued = false;
+            let served = self.session.serve(self.share.shard(at), scratch);
+            self.shards[at].due = served.due;
+            faults += served.faults;
+            if served.more {
+                self.shards[at].queued = true;
+                self.ready.push_back(at);
+            }
+            if served.more || faults >= TURN {
+                break;
+            }
+        }
+        faults
+    }
+
+    fn due(&self) -> Option<Instant> {
+        self.shards.iter().filter_map(|served| served.due).min()
+    }
 }
 
 /// A session's place in a worker's table. A free one is taken again, so that a late event may mean another session there: it is
@@ -186,7 +273,9 @@ impl Thread {
                 let token = event.data.u64();
                 match token {
                     BELL => orders = true,
-                    _ if token % KINDS == FAULTS => self.enqueue((token / KINDS) as At),
+                    _ if token % KINDS >= FAULTS => {
+                        self.enqueue((token / KINDS) as At, (token % KINDS - FAULTS) as usize)
+                    }
                     _ => self.suspect((token / KINDS) as At, token % KINDS),
                 }
             }
@@ -221,7 +310,7 @@ impl Thread {
             .timers
             .iter()
             .filter_map(|at| self.slots[*at].as_ref())
-            .flat_map(|slot| [slot.due, slot.suspected.map(|(when, _)| when)])
+            .flat_map(|slot| [slot.due(), slot.suspected.map(|(when, _)| when)])
             .flatten()
             .min()?;
         let left = next.saturating_duration_since(Instant::now());
@@ -232,9 +321,9 @@ impl Thread {
         self.slots.get_mut(at)?.as_mut()
     }
 
-    fn enqueue(&mut self, at: At) {
+    fn enqueue(&mut self, at: At, shard: usize) {
         if let Some(slot) = self.slot(at)
-            && !std::mem::replace(&mut slot.queued, true)
+            && slot.enqueue(shard)
         {
             self.ready.push_back(at);
         }
@@ -242,18 +331,17 @@ impl Thread {
 
     fn serve(&mut self, at: At) {
         let Some(slot) = self.slots.get_mut(at).and_then(Option::as_mut) else { return };
-        slot.queued = false;
-        let served = slot.session.serve(&mut self.scratch);
-        slot.due = served.due;
-        if served.due.is_some() && !self.timers.contains(&at) {
+        let faults = slot.serve(&mut self.scratch);
+        if slot.due().is_some() && !self.timers.contains(&at) {
             self.timers.push(at);
         }
-        let session = slot.session.id();
-        if served.more {
-            self.enqueue(at);
+        slot.queued = !slot.ready.is_empty();
+        if slot.queued {
+            self.ready.push_back(at);
         }
-        if served.faults > 0 {
-            self.after_faults(session, served.faults);
+        let session = slot.session.id();
+        if faults > 0 {
+            self.after_faults(session, faults);
         }
     }
 
@@ -280,10 +368,13 @@ impl Thread {
         let mut stop = false;
         for order in orders {
             match order {
-                Order::Adopt(session) => self.adopt(session),
-                Order::LookAt(id) => {
-                    if let Some(at) = self.places.get(&id) {
-                        self.enqueue(*at);
+                Order::Adopt(session, share) => self.adopt(session, share),
+                Order::LookAt(id, shard) => {
+                    if let Some(at) = self.places.get(&id).copied()
+                        && let Some(slot) = self.slot(at)
+                    {
+                        let shard = slot.share.find(shard);
+                        self.enqueue(at, shard);
                     }
                 }
                 Order::TakeDown(id) => self.take_down(id),
@@ -293,32 +384,43 @@ impl Thread {
         stop
     }
 
-    fn adopt(&mut self, session: Arc<Session>) {
+    /// Whoever has the first shard watches the VM.
+    fn adopt(&mut self, session: Arc<Session>, share: Share) {
         let at = self.slots.iter().position(Option::is_none).unwrap_or(self.slots.len());
         let watch = |fd: BorrowedFd<'_>, kind, flags| {
             epoll::add(&self.epoll, fd, epoll::EventData::new_u64(at as u64 * KINDS + kind), flags)
         };
-        session.with_process(|process| {
-            // Readable for ever once it has ended: one edge is enough.
-            let _ = watch(process.as_fd(), PROCESS, epoll::EventFlags::IN | epoll::EventFlags::ET);
-        });
-        session.with_socket(|socket| {
-            let _ = watch(socket, SOCKET, epoll::EventFlags::RDHUP | epoll::EventFlags::ET);
-        });
-        let faults =
-            |fd: BorrowedFd<'_>| watch(fd, FAULTS, epoll::EventFlags::IN | epoll::EventFlags::ET).is_ok();
-        if !session.with_descriptors(faults) {
-            // A userfaultfd whose creator has not done UFFDIO_API cannot be polled, and can have no faults.
-            session.finish(crate::session::End::Gone);
+        if share.first == 0 {
+            session.with_process(|process| {
+                // Readable for ever once it has ended: one edge is enough.
+                let _ = watch(process.as_fd(), PROCESS, epoll::EventFlags::IN | epoll::EventFlags::ET);
+            });
+            session.with_socket(|socket| {
+                let _ = watch(socket, SOCKET, epoll::EventFlags::RDHUP | epoll::EventFlags::ET);
+            });
         }
-        self.places.insert(session.id(), at);
-        let slot = Some(Slot { session, queued: false, due: None, suspected: None });
+        let id = session.id();
+        let slot = Slot::new(Arc::clone(&session), share);
+        let shards = slot.shards.len();
+        for shard in 0..shards {
+            let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
+            let faults = |fd: BorrowedFd<'_>| watch(fd, FAULTS + shard as u64, flags).is_ok();
+            if !session.with_descriptors(share.shard(shard), faults) {
+                // A userfaultfd whose creator has not done UFFDIO_API cannot be polled, and can have no faults.
+                session.finish(crate::session::End::Gone);
+            }
+        }
+        self.places.insert(id, at);
         match self.slots.get_mut(at) {
-            Some(free) => *free = slot,
-            None => self.slots.push(slot),
+            Some(free) => *free = Some(slot),
+            None => self.slots.push(Some(slot)),
         }
         // Faults that came before the edge was watched.
-        self.enqueue(at);
+        (0..shards).for_each(|shard| self.enqueue(at, shard));
+        // By another worker's doing, before this one had it: whoever ended it was not heard here.
+        if session.end().is_some() {
+            self.take_down(id);
+        }
     }
 
     /// A sign of death: its process has ended, or the socket was closed at the other end. Only its memory tells for sure, since
@@ -346,10 +448,12 @@ impl Thread {
         let mut timers = std::mem::take(&mut self.timers);
         timers.retain(|at| {
             let Some(slot) = self.slots[*at].as_mut() else { return false };
-            if slot.due.is_some_and(|due| due <= now) {
-                slot.due = None;
-                if !std::mem::replace(&mut slot.queued, true) {
-                    self.ready.push_back(*at);
+            for shard in 0..slot.shards.len() {
+                if slot.shards[shard].due.is_some_and(|due| due <= now) {
+                    slot.shards[shard].due = None;
+                    if slot.enqueue(shard) {
+                        self.ready.push_back(*at);
+                    }
                 }
             }
             if let Some((when, pause)) = slot.suspected
@@ -358,17 +462,28 @@ impl Thread {
                 let pause = (pause * 2).min(LOOK_AGAIN_AT_MOST);
                 slot.suspected = slot.session.check_alive().then_some((now + pause, pause));
             }
-            slot.due.is_some() || slot.suspected.is_some()
+            slot.due().is_some() || slot.suspected.is_some()
         });
         self.timers = timers;
     }
 
     fn take_down(&mut self, id: u64) {
         let Some(slot) = self.places.remove(&id).and_then(|at| self.slots[at].take()) else { return };
-        // The VMM may hold the same open file, and then closing ours would leave it in the epoll.
-        slot.session.take_down(|fd| {
+        let forget = |fd: BorrowedFd<'_>| {
             let _ = epoll::delete(&self.epoll, fd);
-        });
-        (self.farewell)(&slot.session);
+        };
+        if slot.share.first == 0 {
+            // Another worker may close them, after this place in the table was given away.
+            slot.session.with_process(|process| forget(process.as_fd()));
+            slot.session.with_socket(forget);
+        }
+        let mut last = false;
+        for shard in 0..slot.shards.len() {
+            // The VMM may hold the same open file, and then closing ours would leave it in the epoll.
+            last |= slot.session.take_down(slot.share.shard(shard), forget);
+        }
+        if last {
+            (self.farewell)(&slot.session);
+        }
     }
 }

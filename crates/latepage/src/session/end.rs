@@ -8,6 +8,9 @@ use super::{Core, Scratch, Session};
 use crate::memory::PageState;
 use crate::sys::pidfd::PidFd;
 
+/// What is done with one shard on the way to letting a VM go.
+type Step = fn(&Session, &mut Core, &mut Scratch) -> LetGo;
+
 impl Session {
     /// Lets go of a VM that has all its memory: its faults are the kernel's own from now on.
     ///
@@ -16,30 +19,56 @@ impl Session {
         if !self.may_detach() || self.owed() > 0 {
             return LetGo::Kept;
         }
-        self.inside(scratch, |core, scratch| {
-            // Unregistered, a page that failed would read as zero to the one who waits for it.
-            if core.waiting.has_stuck() {
-                return LetGo::Kept;
+        // No shard is let go before all may go. Should another one still turn out to have to stay, this one has no more faults: no harm.
+        let mut steps: &[Step] = &[Self::may_go, Self::let_go];
+        if self.shards() == 1 {
+            steps = &steps[1..];
+        }
+        for step in steps {
+            for shard in 0..self.shards() {
+                let done = self.inside(shard, scratch, |core, scratch| step(self, core, scratch));
+                match done.unwrap_or(LetGo::Kept) {
+                    LetGo::Done => {}
+                    kept => return kept,
+                }
             }
-            if core.waiting.parked().any(|page| self.pages.state(page) == PageState::Failed) {
-                return LetGo::NotYet;
-            }
-            if core.install.detach(&self.layout).is_err() && core.install.has_memory() {
-                return LetGo::Kept;
-            }
-            // A discard that had begun waits for its event to be read, and may not even have raised it yet.
-            while core.deliveries.take(&self.layout, &mut scratch.batch).is_ok() && scratch.batch.more {}
-            if core.install.is_changing() {
-                return LetGo::NotYet;
-            }
-            // UNREGISTER does not wake everyone who faults at that moment (seen on 6.18), and what was just read is told nobody.
-            for region in 0..self.layout.regions().len() {
-                core.deliveries.release(&self.layout, self.layout.region_pages(region));
-            }
-            self.finish(End::Detached);
+        }
+        self.finish(End::Detached);
+        LetGo::Done
+    }
+
+    /// Whether nobody waits for a page of this shard that failed: unregistered, it would read as zero to him.
+    fn may_go(&self, core: &mut Core, _: &mut Scratch) -> LetGo {
+        if core.waiting.has_stuck() {
+            LetGo::Kept
+        } else if core.waiting.parked().any(|page| self.pages.state(page) == PageState::Failed) {
+            LetGo::NotYet
+        } else {
             LetGo::Done
-        })
-        .unwrap_or(LetGo::Kept)
+        }
+    }
+
+    fn let_go(&self, core: &mut Core, scratch: &mut Scratch) -> LetGo {
+        match self.may_go(core, scratch) {
+            LetGo::Done => {}
+            kept => return kept,
+        }
+        if core.install.detach(&self.layout, core.pages.clone()).is_err() && core.install.has_memory() {
+            return LetGo::Kept;
+        }
+        // A discard that had begun waits for its event to be read, and may not even have raised it yet.
+        while core.deliveries.take(&self.layout, &mut scratch.batch).is_ok() && scratch.batch.more {}
+        if core.install.is_changing() {
+            return LetGo::NotYet;
+        }
+        // UNREGISTER does not wake everyone who faults at that moment (seen on 6.18), and what was just read is told nobody.
+        let mut at = core.pages.start;
+        while at < core.pages.end {
+            let end = self.run_end(at);
+            core.deliveries.release(&self.layout, at..end);
+            at = end;
+        }
+        LetGo::Done
     }
 
     /// Whether the VM's memory is gone, and with it the session. Asked at every sign of its death.
@@ -47,7 +76,8 @@ impl Session {
         let seen = || self.with_process(PidFd::has_ended) == Some(false);
         let lives =
             |core: &mut Core| if core.install.knows_memory() { core.install.has_memory() } else { seen() };
-        let alive = self.briefly(lives).unwrap_or(false);
+        // All its userfaultfds are over the memory of one process.
+        let alive = self.briefly(0, lives).unwrap_or(false);
         if !alive {
             self.finish(End::Gone);
         }
@@ -56,12 +86,14 @@ impl Session {
 
     /// Reports every fault that has waited longer than the policy's limit.
     pub fn check_stalls(&self) {
-        self.briefly(|core| {
-            let hva = |page| self.layout.place(page).hva;
-            core.waiting.stalled(Instant::now(), self.policy.stall_warning, hva, |hva, age| {
-                self.stats.counters.stalls.add(1);
-                self.host.report(self, Report::Stalled { hva, age });
+        for shard in 0..self.shards() {
+            self.briefly(shard, |core| {
+                let hva = |page| self.layout.place(page).hva;
+                core.waiting.stalled(Instant::now(), self.policy.stall_warning, hva, |hva, age| {
+                    self.stats.counters.stalls.add(1);
+                    self.host.report(self, Report::Stalled { hva, age });
+                });
             });
-        });
+        }
     }
 }

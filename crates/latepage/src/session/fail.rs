@@ -61,15 +61,15 @@ impl Session {
         self.host.report(self, Report::Failed { hva, page: Some(page), reason: reason.to_owned(), action });
     }
 
-    /// A fault outside every region: nobody can say what belongs there, nor how large a page to poison is. The VM is killed.
-    pub(super) fn fail_stray(&self, core: &mut Core, hva: u64, since: Instant) {
+    /// A fault where none can be, as outside every region: nobody can say what belongs there, nor how large a page to poison is. The
+    /// VM is killed.
+    pub(super) fn fail_stray(&self, core: &mut Core, hva: u64, since: Instant, reason: &str) {
         self.stats.counters.failures.add(1);
         let action = self.kill();
         if action.holds() && !core.waiting.stuck(hva, since) {
             return;
         }
-        let reason = "the address is outside every region that the VM named".to_owned();
-        self.host.report(self, Report::Failed { hva, page: None, reason, action });
+        self.host.report(self, Report::Failed { hva, page: None, reason: reason.to_owned(), action });
     }
 
     /// Kills the VM.
@@ -104,24 +104,31 @@ impl Session {
     pub fn give_up(self: &Arc<Self>, scratch: &mut Scratch) -> Action {
         match self.policy.on_missing {
             OnMissing::Kill => self.kill(),
-            OnMissing::Poison => self
-                .inside(scratch, |core, _| {
-                    let mut action = Action::Poisoned;
-                    for page in 0..self.layout.pages() {
-                        if self.pages.state(page).is_lacking() {
-                            if matches!(self.pages.fail(page), PageState::Absent | PageState::InFlight) {
-                                self.paid(1);
-                            }
-                            // Nobody tries again after this.
-                            action = self.poison(core, page..page + 1).unwrap_or_else(|| self.kill());
-                            if action != Action::Poisoned {
-                                break;
-                            }
-                        }
-                    }
-                    action
-                })
-                .unwrap_or(Action::Killed),
+            OnMissing::Poison => {
+                let poisoned = |action: &Action| *action == Action::Poisoned;
+                let mut shards = (0..self.shards()).map(|shard| {
+                    let poison = |core: &mut Core, _: &mut Scratch| self.poison_lacking(core);
+                    self.inside(shard, scratch, poison).unwrap_or(Action::Killed)
+                });
+                shards.find(|action| !poisoned(action)).unwrap_or(Action::Poisoned)
+            }
         }
+    }
+
+    /// Poisons what a shard lacks, as far as that goes.
+    fn poison_lacking(&self, core: &mut Core) -> Action {
+        for page in core.pages.clone() {
+            if self.pages.state(page).is_lacking() {
+                if matches!(self.pages.fail(page), PageState::Absent | PageState::InFlight) {
+                    self.paid(1);
+                }
+                // Nobody tries again after this.
+                let action = self.poison(core, page..page + 1).unwrap_or_else(|| self.kill());
+                if action != Action::Poisoned {
+                    return action;
+                }
+            }
+        }
+        Action::Poisoned
     }
 }

@@ -1,9 +1,9 @@
-//! The gate: a session's one exclusive section, which a worker tries and never waits for.
+//! The gate: the one exclusive section of a session, or of each of its shards, which a worker tries and never waits for.
 //!
 //! madvise(2) goes on as soon as its REMOVE event has been *read*. A thread that looked at the page table before that and calls
 //! COPY after it would bring a discarded page back from the snapshot. So reading events and installing pages exclude each
-//! other, session by session. Whoever may wait (population, an I/O thread) holds the gate for one short slice; a worker that
-//! finds it held leaves a mark, and the holder serves the faults before it goes.
+//! other, shard by shard (most sessions are one: see `shard.rs`). Whoever may wait (population, an I/O thread) holds the gate for
+//! one short slice; a worker that finds it held leaves a mark, and the holder serves the faults before it goes.
 
 use std::sync::{PoisonError, TryLockError};
 

@@ -2,6 +2,7 @@
 //!
 //! A fault's way: [`Session::serve`] takes a batch from the delivery, removals first; each fault claims its page, asks the
 //! source, installs, settles and releases. Everything that touches the guest happens inside the session's gate (see `gate.rs`).
+//! Where a VM has several userfaultfds, each is over a shard of its memory, and each shard has a gate of its own (see `shard.rs`).
 
 mod answer;
 mod around;
@@ -18,6 +19,7 @@ mod populate;
 mod report;
 mod resolve;
 mod serve;
+mod shard;
 mod steps;
 #[cfg(test)]
 mod successors;
@@ -25,8 +27,9 @@ mod successors;
 mod tests;
 mod waiting;
 
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Instant;
 
@@ -34,7 +37,7 @@ use crate::attachment::{Backing, Form, Hello, Notify};
 use crate::delivery::channel::ChannelDelivery;
 use crate::delivery::{Batch, Delivery, UffdDelivery};
 use crate::install::{BitmapInstall, CopyInstall, FillInstall, Install, InstallView, MinorInstall};
-use crate::memory::{Layout, Pages};
+use crate::memory::{Layout, Pages, Shards};
 use crate::source::Source;
 use crate::stats::Stats;
 use crate::sys::mapping::MapError;
@@ -43,7 +46,7 @@ use crate::sys::uffd::Userfaultfd;
 use around::Around;
 use batch::Fresh;
 use deliveries::Deliveries;
-use gate::Gate;
+use shard::Shard;
 use waiting::WaitingRoom;
 
 pub use inside::{FaultWindow, Resolver, ResolverError, ResolverStats, Seat, Told, Unresolved};
@@ -81,8 +84,10 @@ impl Default for Scratch {
     }
 }
 
-/// The parts of a session that only the holder of its gate touches. They end with the session.
+/// The parts of a shard that only the holder of its gate touches. They end with the session.
 struct Core {
+    /// The pages that are installed here, and nowhere else.
+    pages: Range<u32>,
     deliveries: Deliveries,
     install: Box<dyn Install>,
     waiting: WaitingRoom,
@@ -92,8 +97,6 @@ struct Core {
     served: Instant,
     /// Descriptors over the memory of a VMM's children: closing them would give the children zero pages.
     forked: Vec<OwnedFd>,
-    /// Held for as long as the session: a VMM may take its closing as a sign, and its own closing is one for us.
-    socket: Option<OwnedFd>,
 }
 
 /// Who a session is for, beside what the handshake says.
@@ -107,13 +110,13 @@ pub struct Peer {
     pub socket: Option<OwnedFd>,
 }
 
-/// A session that could not be made: what was given for it, of which the userfaultfd must not be closed while the VM lives.
+/// A session that could not be made: what was given for it, of which no userfaultfd must be closed while the VM lives.
 #[derive(Debug)]
 pub struct NotMade {
     /// Why.
     pub error: MapError,
     /// The VM's.
-    pub userfaultfd: Option<Userfaultfd>,
+    pub userfaultfds: Vec<Userfaultfd>,
     /// Who it was for.
     pub peer: Peer,
     /// The name that it gave.
@@ -140,12 +143,17 @@ pub struct Session {
     stats: Stats,
     started: Instant,
     process: Mutex<Option<PidFd>>,
+    /// Held for as long as the session: a VMM may take its closing as a sign, and its own closing is one for us.
+    socket: Mutex<Option<OwnedFd>>,
     /// Pages that the guest is still owed contents for: absent or in flight.
     owed: AtomicU64,
     /// Slices of population since the VM had its last fault, as far as that counts.
     calm: AtomicU32,
     end: OnceLock<End>,
-    gate: Gate<Option<Core>>,
+    divided: Shards,
+    shards: Box<[Shard]>,
+    /// Shards that have not been taken down.
+    up: AtomicUsize,
 }
 
 impl Session {
@@ -155,7 +163,7 @@ impl Session {
     /// [`NotMade`], with everything that must be kept, where its memory cannot be mapped a second time.
     ///
     /// # Panics
-    /// Where `hello` has neither a userfaultfd nor a channel with its memory, as no handshake has.
+    /// Where `hello` has neither a userfaultfd for each shard nor a channel with its memory, as no handshake has.
     pub fn new(
         id: u64,
         hello: Hello,
@@ -164,12 +172,13 @@ impl Session {
         policy: Policy,
         host: Arc<dyn Host>,
     ) -> Result<Arc<Self>, Box<NotMade>> {
-        let Hello { form, name, vcpus, backing, layout, userfaultfd, memory, mut notify } = hello;
+        let Hello { form, name, vcpus, backing, layout, shards: divided, userfaultfds, memory, mut notify } =
+            hello;
         let view = match memory.map(|memory| InstallView::map(&memory, &layout)).transpose() {
             Ok(view) => view,
-            Err(error) => return Err(Box::new(NotMade { error, userfaultfd, peer, name })),
+            Err(error) => return Err(Box::new(NotMade { error, userfaultfds, peer, name })),
         };
-        let (posts, by_socket) = (notify.is_some(), userfaultfd.is_none());
+        let (posts, by_socket) = (notify.is_some(), userfaultfds.is_empty());
         let (pages, owed) = match notify.as_mut().and_then(|notify| notify.pages.take()) {
             Some(table) => {
                 let pages = Pages::handed(table);
@@ -178,13 +187,29 @@ impl Session {
             }
             None => (Pages::new(layout.pages()), layout.pages().into()),
         };
-        let (install, mut deliveries) = ways(userfaultfd, view, notify);
-        if pages.is_handed() {
-            // The kernel delivers a fault once: what a reader before took from the userfaultfd, and left, is raised anew.
-            for region in 0..layout.regions().len() {
-                deliveries.release(&layout, layout.region_pages(region));
-            }
-        }
+        // Any of them may have to park the faults of all vCPUs; that each has is not worth room for it from the start.
+        let threads = vcpus as usize / divided.len() + 8;
+        let ways = ways(&divided, userfaultfds, view, notify).into_iter().enumerate();
+        let shards: Box<[Shard]> = ways
+            .map(|(shard, (install, mut deliveries))| {
+                if pages.is_handed() {
+                    // The kernel delivers a fault once: what a reader before took from the userfaultfd, and left, is raised anew.
+                    for region in 0..layout.regions().len() {
+                        deliveries.release(&layout, layout.region_pages(region));
+                    }
+                }
+                Shard::new(Core {
+                    pages: divided.pages(shard),
+                    deliveries,
+                    install,
+                    waiting: WaitingRoom::new(threads),
+                    around: Around::new(),
+                    fresh: Fresh::new(Scratch::MESSAGES),
+                    served: Instant::now(),
+                    forked: Vec::new(),
+                })
+            })
+            .collect();
         let name = name.unwrap_or_else(|| match peer.pid {
             Some(pid) => format!("vm-{pid}"),
             None => format!("session-{id}"),
@@ -201,24 +226,18 @@ impl Session {
             pages,
             owed: AtomicU64::new(owed),
             calm: AtomicU32::new(0),
-            stats: Stats::new(policy.trace),
+            stats: if shards.len() == 1 { Stats::new(policy.trace) } else { Stats::shared(policy.trace) },
             layout,
             policy,
             source,
             host,
             started: Instant::now(),
             process: Mutex::new(peer.process),
+            socket: Mutex::new(peer.socket),
             end: OnceLock::new(),
-            gate: Gate::new(Some(Core {
-                deliveries,
-                install,
-                waiting: WaitingRoom::new(vcpus as usize + 8),
-                around: Around::new(),
-                fresh: Fresh::new(Scratch::MESSAGES),
-                served: Instant::now(),
-                forked: Vec::new(),
-                socket: peer.socket,
-            })),
+            divided,
+            up: AtomicUsize::new(shards.len()),
+            shards,
         }))
     }
 
@@ -326,26 +345,10 @@ impl Session {
         }
     }
 
-    /// Calls `look` with each descriptor that polls readable when faults wait, until it answers no; not at all once the session is
-    /// over. Whether it never answered no.
-    pub fn with_descriptors(&self, look: impl FnMut(BorrowedFd<'_>) -> bool) -> bool {
-        self.briefly(|core| core.deliveries.descriptors().all(look)).unwrap_or(true)
-    }
-
     /// Calls `look` with the socket of the handshake; `None` where there is none, or the session is over.
     pub fn with_socket<R>(&self, look: impl FnOnce(BorrowedFd<'_>) -> R) -> Option<R> {
-        self.briefly(|core| core.socket.as_ref().map(|socket| look(socket.as_fd()))).flatten()
-    }
-
-    /// Runs a little work inside the gate, for threads that may wait for it and have no buffers to serve with: a worker that
-    /// came meanwhile is asked to come again.
-    fn briefly<R>(&self, work: impl FnOnce(&mut Core) -> R) -> Option<R> {
-        let mut guard = self.gate.enter();
-        let result = guard.as_mut().map(work);
-        if self.gate.leave_marked(guard) {
-            self.host.nudge(self);
-        }
-        result
+        let socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner);
+        socket.as_ref().map(|socket| look(socket.as_fd()))
     }
 
     /// Records that the session is over, the first reason winning, and asks its host to take it down.
@@ -355,37 +358,50 @@ impl Session {
         }
     }
 
-    /// Takes the session down: every descriptor and mapping that it held is gone when this returns. `before` sees the
-    /// deliveries' descriptors while they still are open.
-    pub fn take_down(&self, before: impl FnMut(BorrowedFd<'_>)) {
-        let core = self.gate.enter().take();
-        if let Some(core) = core {
-            core.deliveries.descriptors().for_each(before);
-        }
-        self.process.lock().unwrap_or_else(PoisonError::into_inner).take();
-    }
-
     fn now_ns(&self, now: Instant) -> u64 {
         now.saturating_duration_since(self.started).as_nanos() as u64
     }
 }
 
-/// How pages come into a VM, and how its faults come here, by what it handed over.
+/// How pages come into a VM, and how its faults come here, for each shard, by what it handed over.
 fn ways(
-    userfaultfd: Option<Userfaultfd>,
+    divided: &Shards,
+    userfaultfds: Vec<Userfaultfd>,
     view: Option<InstallView>,
     notify: Option<Notify>,
+) -> Vec<(Box<dyn Install>, Deliveries)> {
+    let view = view.map(Arc::new);
+    if let Some(notify) = notify {
+        return vec![posted(userfaultfds.into_iter().next(), view, notify)];
+    }
+    assert_eq!(userfaultfds.len(), divided.len(), "a VM with shards and no userfaultfd for each");
+    let by_userfaultfd = |(shard, userfaultfd)| {
+        let uffd = Arc::new(userfaultfd);
+        let delivery = UffdDelivery::over(Arc::clone(&uffd), divided.pages(shard));
+        let install: Box<dyn Install> = match &view {
+            Some(view) => Box::new(MinorInstall::new(uffd, Arc::clone(view))),
+            None => Box::new(CopyInstall::new(uffd)),
+        };
+        (install, Deliveries::new(vec![Box::new(delivery)]))
+    };
+    userfaultfds.into_iter().enumerate().map(by_userfaultfd).collect()
+}
+
+/// The same where there is a channel.
+fn posted(
+    userfaultfd: Option<Userfaultfd>,
+    view: Option<Arc<InstallView>>,
+    notify: Notify,
 ) -> (Box<dyn Install>, Deliveries) {
+    let view = view.expect("a VM with a channel hands over its memory");
     let uffd = userfaultfd.map(Arc::new);
-    let install: Box<dyn Install> = match (&uffd, view) {
-        (Some(uffd), Some(view)) => Box::new(MinorInstall::new(Arc::clone(uffd), view)),
-        (Some(uffd), None) => Box::new(CopyInstall::new(Arc::clone(uffd))),
-        (None, Some(view)) => Box::new(FillInstall::new(view)),
-        (None, None) => panic!("a VM that handed over neither a userfaultfd nor its memory"),
+    let install: Box<dyn Install> = match &uffd {
+        Some(uffd) => Box::new(MinorInstall::new(Arc::clone(uffd), view)),
+        None => Box::new(FillInstall::new(view)),
     };
     let mut deliveries: Vec<Box<dyn Delivery>> = Vec::new();
     deliveries.extend(uffd.map(|uffd| Box::new(UffdDelivery::new(uffd)) as Box<dyn Delivery>));
-    let Some(Notify { reader, bitmap, .. }) = notify else { return (install, Deliveries::new(deliveries)) };
+    let Notify { reader, bitmap, .. } = notify;
     deliveries.push(Box::new(ChannelDelivery::new(reader)));
     let install = match bitmap {
         Some(bitmap) => Box::new(BitmapInstall::new(install, bitmap)),

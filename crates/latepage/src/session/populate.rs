@@ -60,7 +60,7 @@ impl Session {
         }
         let place = self.layout.place(absent.start);
         let unit = place.page_size.bytes();
-        let limit = absent.end.min(self.layout.region_end(absent.start));
+        let limit = absent.end.min(self.run_end(absent.start));
         let most = |bytes: u64| (limit - absent.start).min((bytes / unit).max(1) as u32);
         if let Some(sliced) = self.populate_at_hand(absent.start, most(AT_HAND), unit, range, scratch) {
             return sliced;
@@ -122,7 +122,7 @@ impl Session {
             let calm = self.calm.load(Ordering::Relaxed);
             self.calm.store((calm + 1).min(DOUBLINGS), Ordering::Relaxed);
             let slice = at..end.min(at + ((SLICE << calm) / unit).max(1) as u32);
-            let stopped = self.inside(scratch, |core, _| {
+            let stopped = self.inside(self.shard_of(slice.start), scratch, |core, _| {
                 self.install_absent(core, slice.clone(), first, contents, unit as usize)
             });
             match stopped {

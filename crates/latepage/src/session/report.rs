@@ -131,6 +131,6 @@ pub trait Host: Send + Sync {
     /// Has an I/O thread call [`Session::finish_read`] for a page that is in flight.
     fn read_later(&self, session: &Arc<Session>, page: u32);
 
-    /// Has the session's worker look at it again soon.
-    fn nudge(&self, session: &Session);
+    /// Has the worker of a session's shard look at it again soon.
+    fn nudge(&self, session: &Session, shard: usize);
 }

@@ -91,7 +91,8 @@ impl Session {
     /// not go beyond.
     fn plan(&self, core: &mut Core, fault: Fault, place: &Place) -> (Plan, u32, u32) {
         let unit = place.page_size.bytes();
-        let region = self.layout.region_pages(place.region);
+        let all = self.layout.region_pages(place.region);
+        let region = all.start.max(core.pages.start)..all.end.min(core.pages.end);
         let before = (place.offset % LONGEST / unit) as u32;
         let stretch = (fault.page - before.min(fault.page - region.start))
             ..fault.page.saturating_add(((LONGEST - place.offset % LONGEST) / unit) as u32).min(region.end);
@@ -235,7 +236,7 @@ impl Session {
         let place = self.layout.place(page);
         let unit = place.page_size.bytes() as usize;
         let window = self.policy.fault_around.window().max(unit as u64);
-        let limit = self.layout.region_end(page) - page;
+        let limit = self.run_end(page) - page;
         let pages =
             (((window - place.offset % window) as usize).min(Scratch::BYTES) / unit).clamp(1, limit as usize);
         Wanted { offset: place.offset, length: pages * unit, unit }
@@ -258,7 +259,7 @@ impl Session {
     }
 
     fn finish_with(self: &Arc<Self>, page: u32, answer: Result<Answer<'_>, String>, scratch: &mut Scratch) {
-        self.inside(scratch, |core, scratch| {
+        self.inside(self.shard_of(page), scratch, |core, scratch| {
             let Some(waiting) = core.waiting.redeem(page) else { return };
             match (self.pages.state(page), answer) {
                 (PageState::InFlight, Ok(answer)) => {

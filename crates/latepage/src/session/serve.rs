@@ -42,10 +42,10 @@ impl Served {
 }
 
 impl Session {
-    /// Serves the faults that wait. Never waits itself: where another thread holds the gate, that thread serves them.
-    pub fn serve(self: &Arc<Self>, scratch: &mut Scratch) -> Served {
-        match self.gate.try_enter() {
-            Some(guard) => self.serve_and_leave(guard, scratch),
+    /// Serves the faults that wait in a shard. Never waits itself: where another thread holds the gate, that thread serves them.
+    pub fn serve(self: &Arc<Self>, shard: usize, scratch: &mut Scratch) -> Served {
+        match self.shards[shard].gate.try_enter() {
+            Some(guard) => self.serve_and_leave(shard, guard, scratch),
             // Its holder serves what waits. The second look costs nothing that counts, and makes a mark that was missed a
             // matter of a millisecond instead of a hang.
             None => Served { due: Some(Instant::now() + SECOND_LOOK), ..Served::NOTHING },
@@ -54,43 +54,47 @@ impl Session {
 
     fn serve_and_leave<'a>(
         self: &'a Arc<Self>,
+        shard: usize,
         mut guard: MutexGuard<'a, Option<Core>>,
         scratch: &mut Scratch,
     ) -> Served {
+        let gate = &self.shards[shard].gate;
         loop {
             let served = self.serve_inside(&mut guard, scratch);
-            match self.gate.leave(guard) {
+            match gate.leave(guard) {
                 Some(again) => guard = again,
                 None => return served,
             }
-            self.gate.take_wanted();
+            gate.take_wanted();
         }
     }
 
-    /// Runs `work` inside the gate, for threads that may wait for it, and serves what came meanwhile.
+    /// Runs `work` inside a shard's gate, for threads that may wait for it, and serves what came meanwhile.
     pub(super) fn inside<R>(
         self: &Arc<Self>,
+        shard: usize,
         scratch: &mut Scratch,
         work: impl FnOnce(&mut Core, &mut Scratch) -> R,
     ) -> Option<R> {
-        let mut guard = self.gate.enter();
+        let gate = &self.shards[shard].gate;
+        let mut guard = gate.enter();
         let result = guard.as_mut().map(|core| work(core, scratch));
-        let asked = self.gate.take_wanted();
+        let asked = gate.take_wanted();
         let served = if asked {
-            self.serve_and_leave(guard, scratch)
+            self.serve_and_leave(shard, guard, scratch)
         } else {
             let due = guard.as_ref().and_then(|core| core.waiting.due());
-            match self.gate.leave(guard) {
+            match gate.leave(guard) {
                 Some(again) => {
-                    self.gate.take_wanted();
-                    self.serve_and_leave(again, scratch)
+                    gate.take_wanted();
+                    self.serve_and_leave(shard, again, scratch)
                 }
                 None => Served { due, ..Served::NOTHING },
             }
         };
         // The worker keeps the timers, and the turns.
         if served.more || served.due.is_some() {
-            self.host.nudge(self);
+            self.host.nudge(self, shard);
         }
         result
     }
@@ -237,7 +241,15 @@ impl Session {
         let what = surprise.to_string();
         match surprise {
             // It would wait for ever: no region says what belongs there.
-            Surprise::Stray(address) => return self.fail_stray(core, address, since),
+            Surprise::Stray(address) => {
+                let reason = "the address is outside every region that the VM named";
+                return self.fail_stray(core, address, since, reason);
+            }
+            // Whoever installs there excludes others' reading, not this one's.
+            Surprise::Misplaced(address) => {
+                let reason = "its userfaultfd was announced for another shard of the memory";
+                return self.fail_stray(core, address, since, reason);
+            }
             Surprise::Forked(child) => core.forked.push(child),
             Surprise::Moved { .. } | Surprise::Unknown(_) => {}
         }

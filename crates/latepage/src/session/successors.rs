@@ -14,7 +14,7 @@ use super::{FaultAround, Host, Peer, Policy, Report, Scratch, Session, Sliced};
 use crate::attachment::{Backing, Form, Hello, Notify};
 use crate::delivery::channel::{Channel, Completion, Request, Seat, Waited, attach};
 use crate::install::{Install, Outcome, PageBitmap};
-use crate::memory::{Layout, PageSize, PageState, PageTable, Region};
+use crate::memory::{Layout, PageSize, PageState, PageTable, Region, Shards};
 use crate::source::{Answer, Source, SourceError};
 use crate::sys::mapping::{Mapping, Window};
 use crate::sys::memfd;
@@ -76,7 +76,7 @@ impl Host for Deaf {
         panic!("page {page} is at hand");
     }
 
-    fn nudge(&self, _: &Session) {}
+    fn nudge(&self, _: &Session, _: usize) {}
 }
 
 /// By what the guest sees pages.
@@ -257,7 +257,8 @@ impl Guest {
             vcpus: 1,
             backing: Backing::Shared,
             layout: self.layout.clone(),
-            userfaultfd: self.userfaultfd.as_ref().map(copy),
+            shards: Shards::whole(&self.layout),
+            userfaultfds: self.userfaultfd.iter().map(copy).collect(),
             memory: Some(self.memory.try_clone().unwrap()),
             notify: Some(notify),
         };
@@ -372,8 +373,8 @@ impl Install for Mortal {
         self.inner.poison(layout, pages)
     }
 
-    fn detach(&self, layout: &Layout) -> Result<(), Errno> {
-        self.inner.detach(layout)
+    fn detach(&self, layout: &Layout, pages: Range<u32>) -> Result<(), Errno> {
+        self.inner.detach(layout, pages)
     }
 
     fn has_memory(&self) -> bool {
@@ -409,7 +410,7 @@ impl Line {
 
     fn next(guest: &Arc<Mutex<Guest>>, fate: &Arc<Mutex<Option<Fate>>>) -> Arc<Session> {
         let session = guest.lock().unwrap().attached();
-        let mut gate = session.gate.enter();
+        let mut gate = session.shards[0].gate.enter();
         let mut core = gate.take().unwrap();
         let (guest, fate) = (Arc::clone(guest), Arc::clone(fate));
         core.install = Box::new(Mortal { inner: core.install, guest, fate });
@@ -424,7 +425,7 @@ impl Line {
             Ok(done) => Some(done),
             Err(why) if why.is::<Died>() => {
                 // Its lock goes, as with the process. It is told nothing else.
-                self.now.take_down(|_| ());
+                self.now.take_down(0, |_| ());
                 *self.fate.lock().unwrap() = self.fates.pop_front();
                 (self.now, self.scratch) = (Self::next(&self.guest, &self.fate), Scratch::new());
                 None
@@ -436,7 +437,7 @@ impl Line {
     fn ask(&mut self, deed: Deed) {
         self.guest.lock().unwrap().post(deed);
         for _ in 0..100 {
-            self.with(|session, scratch| session.serve(scratch));
+            self.with(|session, scratch| session.serve(0, scratch));
             let mut guest = self.guest.lock().unwrap();
             guest.act();
             if guest.posted.is_none() {

@@ -23,7 +23,7 @@ use super::{
 use crate::attachment::{Backing, Form, Hello};
 use crate::delivery::{Batch, Delivery, DeliveryError, Fault, FaultFlags};
 use crate::install::{Install, Outcome, Stop};
-use crate::memory::{Layout, PageSize, PageState, Region};
+use crate::memory::{Layout, PageSize, PageState, Region, Shards};
 use crate::source::{Answer, AtHand, Source, SourceError};
 use crate::sys::mapping::{Mapping, Window};
 use crate::sys::uffd::{Features, Userfaultfd};
@@ -252,7 +252,7 @@ impl Install for Obedient {
         self.answer("poison", pages)
     }
 
-    fn detach(&self, _: &Layout) -> Result<(), Errno> {
+    fn detach(&self, _: &Layout, _: Range<u32>) -> Result<(), Errno> {
         self.log.lock().unwrap().push("detach".to_owned());
         Ok(())
     }
@@ -369,7 +369,7 @@ impl Host for Ear {
         self.0.lock().unwrap().push(format!("later {page}"));
     }
 
-    fn nudge(&self, _: &Session) {}
+    fn nudge(&self, _: &Session, _: usize) {}
 }
 
 struct Staged {
@@ -398,13 +398,15 @@ impl Staged {
         };
         let region =
             Region { gpa: None, hva: 1 << 30, size: source.size(), offset: 0, page_size: PageSize::Small };
+        let layout = Layout::new(vec![region]).unwrap();
         let hello = Hello {
             form: Form::Latepage,
             name: Some("staged".to_owned()),
             vcpus: 1,
             backing: Backing::Anonymous,
-            layout: Layout::new(vec![region]).unwrap(),
-            userfaultfd: Some(userfaultfd),
+            shards: Shards::whole(&layout),
+            layout,
+            userfaultfds: vec![userfaultfd],
             memory: None,
             notify: None,
         };
@@ -419,7 +421,8 @@ impl Staged {
             descriptor: std::fs::File::open("/dev/null").unwrap(),
         };
         let install = Obedient { stops: Arc::clone(&stops), log: Arc::clone(&log) };
-        *session.gate.enter() = Some(Core {
+        *session.shards[0].gate.enter() = Some(Core {
+            pages: session.divided.pages(0),
             deliveries: Deliveries::new(vec![Box::new(delivery)]),
             install: Box::new(install),
             waiting: WaitingRoom::new(8),
@@ -427,7 +430,6 @@ impl Staged {
             fresh: Fresh::new(8),
             served: Instant::now(),
             forked: Vec::new(),
-            socket: None,
         });
         Some(Self { session, batches, stops, log, scratch: Scratch::new() })
     }
@@ -436,7 +438,7 @@ impl Staged {
     fn serve(&mut self, removed: &[Range<u32>], faults: &[u32], stops: &[Stop]) -> Vec<String> {
         self.batches.lock().unwrap().push_back((removed.to_vec(), faults.to_vec()));
         self.stops.lock().unwrap().extend(stops);
-        self.session.serve(&mut self.scratch);
+        self.session.serve(0, &mut self.scratch);
         self.told()
     }
 
@@ -447,7 +449,7 @@ impl Staged {
     /// Serves until what is parked has been tried again.
     fn retry(&mut self) -> Vec<String> {
         loop {
-            self.session.serve(&mut self.scratch);
+            self.session.serve(0, &mut self.scratch);
             let told = self.told();
             if !told.is_empty() {
                 return told;
@@ -641,7 +643,7 @@ fn a_page_that_comes_releases_who_waits_at_any_delivery() {
         descriptor: std::fs::File::open("/dev/null").unwrap(),
     };
     let both = Deliveries::new(vec![Box::new(beside()), Box::new(first)]);
-    staged.session.gate.enter().as_mut().unwrap().deliveries = both;
+    staged.session.shards[0].gate.enter().as_mut().unwrap().deliveries = both;
     assert_eq!(staged.serve(&[], &[1], &[]), ["fill 1..2", "beside: installed 1..2"]);
     assert_eq!(staged.serve(&[2..3], &[2], &[]), ["zero 2..3", "beside: installed 2..3"]);
     let there = ["fill 3..4", "beside: release 3..4", "release 3..4"];
@@ -650,7 +652,7 @@ fn a_page_that_comes_releases_who_waits_at_any_delivery() {
     let told = staged.serve(&[], &[6], &[]);
     assert_eq!(told, ["poison 6..7", "beside: failed 6..7", "failed Some(6) poisoned"]);
     let mut descriptors = 0;
-    assert!(staged.session.with_descriptors(|_| {
+    assert!(staged.session.with_descriptors(0, |_| {
         descriptors += 1;
         true
     }));

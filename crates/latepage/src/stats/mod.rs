@@ -48,6 +48,11 @@ impl Stats {
         }
     }
 
+    /// The same, for a session of which several threads may serve a part at the same time.
+    pub fn shared(trace_capacity: usize) -> Self {
+        Self { trace: TraceRing::shared(trace_capacity), ..Self::new(0) }
+    }
+
     /// Counts a fault whose wait of `ns` is over.
     #[inline]
     pub fn released(&self, class: PageClass, result: FaultResult, ns: u64) {

@@ -2,8 +2,9 @@
 
 use std::fmt;
 use std::ops::Range;
+use std::sync::PoisonError;
 
-use crate::memory::atomic::{AtomicU64, Ordering, fence};
+use crate::memory::atomic::{AtomicU64, Mutex, Ordering, fence};
 
 /// Why a page appears in the trace.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -85,7 +86,8 @@ pub struct TraceRead {
 
 /// The newest events of a session, 16 bytes each.
 ///
-/// One thread at a time records (whoever has the session's gate); any number of threads read, and never hold the recorder up.
+/// One thread at a time records (whoever has the session's gate; where there are several gates, they take turns); any number of
+/// threads read, and never hold the recorder up.
 /// Entries are numbered from 0 for as long as the session lives; a cursor is the number of the next entry to read.
 #[derive(Debug)]
 pub struct TraceRing {
@@ -95,6 +97,8 @@ pub struct TraceRing {
     begun: AtomicU64,
     /// One past the newest entry that is complete.
     complete: AtomicU64,
+    /// Where there are several recorders: whose turn it is.
+    turn: Option<Mutex<()>>,
 }
 
 impl TraceRing {
@@ -106,7 +110,13 @@ impl TraceRing {
             words: words.into_iter().map(AtomicU64::new).collect(),
             begun: AtomicU64::new(0),
             complete: AtomicU64::new(0),
+            turn: None,
         }
+    }
+
+    /// The same, for several recorders at the same time.
+    pub fn shared(capacity: usize) -> Self {
+        Self { turn: Some(Mutex::new(())), ..Self::new(capacity) }
     }
 
     /// How many entries it holds.
@@ -119,12 +129,15 @@ impl TraceRing {
         self.complete.load(Ordering::Acquire)
     }
 
-    /// Records what became of a run of pages, at `ns` since the session began. Only one thread at a time may call this.
+    /// Records what became of a run of pages, at `ns` since the session began. Only one thread at a time may call
+    /// this, unless the ring is [`shared`](Self::shared).
     #[inline]
     pub fn record(&self, mut pages: Range<u32>, reason: Reason, ns: u64) {
         if self.words.is_empty() {
             return;
         }
+        // Nobody panics while he has it, and the ring is whole even then.
+        let _turn = self.turn.as_ref().map(|turn| turn.lock().unwrap_or_else(PoisonError::into_inner));
         while !pages.is_empty() {
             let count = (pages.end - pages.start).min(TraceEntry::MOST_PAGES);
             self.push(TraceEntry { page: pages.start, pages: count, reason, ns }.pack());

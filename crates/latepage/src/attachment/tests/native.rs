@@ -42,7 +42,7 @@ fn a_whole_handshake_is_understood() {
     let hello = hello(&with("descriptors", both()), vec![descriptor, sealed(SIZE)]);
     assert_eq!((hello.form, hello.name.as_deref(), hello.vcpus), (Form::Latepage, Some("vm-7"), 2));
     assert_eq!(hello.backing, Backing::Shared);
-    assert_eq!(hello.userfaultfd.unwrap().as_fd().as_raw_fd(), number);
+    assert_eq!(hello.userfaultfds[0].as_fd().as_raw_fd(), number);
     assert_eq!(rustix::fs::fstat(hello.memory.unwrap()).unwrap().st_size as u64, SIZE);
     assert_eq!(hello.layout.regions()[0].gpa, Some(0));
 }

@@ -44,10 +44,10 @@ const THREE: [&str; 3] = ["channel", "eventfd", "memory"];
 
 #[test]
 fn a_channel_needs_no_userfaultfd_and_may_have_one_beside_it() {
-    let Hello { notify, userfaultfd: none, memory, backing, .. } =
+    let Hello { notify, userfaultfds: none, memory, backing, .. } =
         hello(&document(&THREE).to_string(), three());
     let notify = notify.unwrap();
-    assert!(none.is_none() && memory.is_some() && notify.bitmap.is_none());
+    assert!(none.is_empty() && memory.is_some() && notify.bitmap.is_none());
     assert_eq!((backing, notify.reader.shape().pages()), (Backing::Shared, PAGES));
 
     let Some(descriptor) = userfaultfd() else { return };
@@ -55,8 +55,8 @@ fn a_channel_needs_no_userfaultfd_and_may_have_one_beside_it() {
     let bitmap = PageBitmap::create(&layout()).unwrap();
     let names = ["userfaultfd", "bitmap", "memory", "eventfd", "channel"];
     let sent = vec![descriptor, bitmap, sealed(SIZE), bell, memory];
-    let Hello { notify, userfaultfd, .. } = hello(&document(&names).to_string(), sent);
-    assert!(userfaultfd.is_some() && notify.unwrap().bitmap.is_some());
+    let Hello { notify, userfaultfds, .. } = hello(&document(&names).to_string(), sent);
+    assert!(userfaultfds.len() == 1 && notify.unwrap().bitmap.is_some());
 }
 
 #[test]
@@ -80,7 +80,7 @@ fn what_is_sent_with_a_channel_is_understood() {
         }
         let beside = BesideChannel { bitmap, pages, userfaultfd: also };
         let hello = hello(&native::message_with_channel(&introduction, beside), sent);
-        assert_eq!((hello.layout, hello.userfaultfd.is_some()), (layout.clone(), also));
+        assert_eq!((hello.layout, !hello.userfaultfds.is_empty()), (layout.clone(), also));
         let notify = hello.notify.unwrap();
         assert_eq!((notify.bitmap.is_some(), notify.pages.is_some()), (bitmap, pages));
     }

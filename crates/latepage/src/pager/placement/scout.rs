@@ -126,8 +126,8 @@ struct Round {
     scout: Arc<Scout>,
     shared: Weak<Shared>,
     watched: HashMap<u64, Watched>,
-    /// How many faults each VM had had when it was last looked at.
-    counts: HashMap<u64, u64>,
+    /// How many faults each VM had had when it was last looked at, for each of the workers that serve it, and how many those are.
+    counts: HashMap<u64, (u64, usize)>,
     /// Workers, by their numbers, that follow a thread of a session from core to core.
     follows: Vec<(usize, u64, u32)>,
     /// From one fault to the next, of the worker that had most since the last look.
@@ -226,7 +226,9 @@ impl Round {
         let Some(shared) = self.shared.upgrade() else { return };
         self.counts.clear();
         for session in shared.sessions().live.values() {
-            self.counts.insert(session.id(), session.stats().counters.faults.get());
+            // Faults of a session with shards are spread among its workers.
+            let on = session.shards().min(shared.workers.get().map_or(1, Vec::len)).max(1);
+            self.counts.insert(session.id(), (session.stats().counters.faults.get() / on as u64, on));
         }
         self.looked = Instant::now();
     }
@@ -249,13 +251,17 @@ impl Round {
         let workers = shared.workers.get().map_or(&[][..], Vec::as_slice);
         let mut seen = Seen { workers: 0, changed: false };
         self.follows.clear();
+        let mut stances = Vec::new();
         for (number, worker) in workers.iter().enumerate() {
-            let mine = |id: &u64| *id as usize % workers.len() == number;
-            let news = self
-                .counts
-                .iter()
-                .filter(|(id, _)| mine(id))
-                .map(|(id, faults)| (faults - before.get(id).copied().unwrap_or(0).min(*faults), *id));
+            // As the pager deals them out: see `Shared::worker`.
+            let mine = |id: u64, on: usize| {
+                let first = id as usize % workers.len();
+                (number + workers.len() - first) % workers.len() < on
+            };
+            let news =
+                self.counts.iter().filter(|(id, (_, on))| mine(**id, *on)).map(|(id, (faults, _))| {
+                    (faults - before.get(id).map_or(0, |was| was.0).min(*faults), *id)
+                });
             let (mut all, mut most) = (0, (0, 0));
             for (faults, id) in news {
                 all += faults;
@@ -267,7 +273,10 @@ impl Round {
                 None => Stance::BLOCK,
                 Some(session) => {
                     seen.workers += 1;
-                    let (stance, follows) = self.stance(&session);
+                    // One look tells all its workers the same: what it has looked at is new once.
+                    let known = stances.iter().find(|(id, _)| *id == session.id()).map(|(_, known)| *known);
+                    let (stance, follows) = known.unwrap_or_else(|| self.stance(&session));
+                    stances.push((session.id(), (stance, follows)));
                     self.follows.extend(follows.map(|thread| (number, session.id(), thread)));
                     stance
                 }
