@@ -10,12 +10,13 @@ use crate::install::PageBitmap;
 use crate::memory::{Layout, PageTable};
 use crate::sys::uffd::Userfaultfd;
 
-use super::places::{BITMAP, CHANNEL, EVENTFD, MEMORY, PAGES, Places, USERFAULTFD};
+use super::places::{BITMAP, CHANNEL, EVENTFD, MEMORY, PAGES, Places};
 use super::refusal::{RefusalReason, one_line};
 use super::{Notify, native};
 
 /// What the descriptors of a handshake are, checked.
 pub(super) struct Parts {
+    /// In the order of the shards.
     pub(super) userfaultfds: Vec<Userfaultfd>,
     pub(super) memory: Option<OwnedFd>,
     pub(super) notify: Option<Notify>,
@@ -25,7 +26,7 @@ pub(super) struct Parts {
 /// userfaultfd among them must not be closed.
 pub(super) fn put_together(
     descriptors: &mut Vec<OwnedFd>,
-    places: Places,
+    places: &Places,
     layout: &Layout,
     vcpus: u32,
 ) -> Result<Parts, RefusalReason> {
@@ -35,9 +36,7 @@ pub(super) fn put_together(
     }
     let bitmap = at(BITMAP).map(|bitmap| PageBitmap::map(bitmap, layout)).transpose()?;
     let pages = at(PAGES).map(|pages| PageTable::map(pages, layout)).transpose()?;
-    if let Some(position) = places.of(USERFAULTFD) {
-        check_userfaultfd(&descriptors[position], position)?;
-    }
+    check_userfaultfds(descriptors, places.userfaultfds())?;
     // Last of all: a channel counts its readers, those that are refused afterwards too.
     let notify = match (at(CHANNEL), at(EVENTFD)) {
         (Some(memory), Some(eventfd)) => {
@@ -51,10 +50,27 @@ pub(super) fn put_together(
         _ => None,
     };
     let mut all: Vec<Option<OwnedFd>> = descriptors.drain(..).map(Some).collect();
-    let mut take = |kind| places.of(kind).and_then(|place| all[place].take());
-    // It was looked at just now.
-    let userfaultfd = take(USERFAULTFD).and_then(|descriptor| Userfaultfd::from_fd(descriptor).ok());
-    Ok(Parts { userfaultfds: userfaultfd.into_iter().collect(), memory: take(MEMORY), notify })
+    let memory = places.of(MEMORY).and_then(|place| all[place].take());
+    let userfaultfds = places.userfaultfds().iter().filter_map(|place| {
+        // They were looked at just now.
+        all[*place].take().and_then(|descriptor| Userfaultfd::from_fd(descriptor).ok())
+    });
+    Ok(Parts { userfaultfds: userfaultfds.collect(), memory, notify })
+}
+
+/// Each must be one, that can be polled, and another one than those before: two readers of one would take each other's events.
+fn check_userfaultfds(descriptors: &[OwnedFd], positions: &[usize]) -> Result<(), RefusalReason> {
+    let mut seen: Vec<(u64, usize)> = Vec::with_capacity(positions.len());
+    for position in positions {
+        check_userfaultfd(&descriptors[*position], *position)?;
+        // Each has an inode of its own (Linux 5.12 and later).
+        let Ok(inode) = rustix::fs::fstat(&descriptors[*position]).map(|stat| stat.st_ino) else { continue };
+        if let Some((_, first)) = seen.iter().find(|(other, _)| *other == inode) {
+            return Err(RefusalReason::SameUserfaultfd { first: *first, second: *position });
+        }
+        seen.push((inode, *position));
+    }
+    Ok(())
 }
 
 fn check_userfaultfd(descriptor: &OwnedFd, position: usize) -> Result<(), RefusalReason> {

@@ -15,8 +15,8 @@ use super::{Form, Hello, firecracker, native};
 /// The longest handshake, in bytes.
 pub const MAX_BODY: usize = 1 << 20;
 
-/// The most descriptors that a handshake has: a channel, its eventfd, the memory file, a bitmap, a page table and a userfaultfd.
-pub const MAX_DESCRIPTORS: usize = 6;
+/// The most descriptors that a handshake has: a userfaultfd for each shard, and the memory file. One message can carry 253.
+pub const MAX_DESCRIPTORS: usize = Shards::MOST + 1;
 
 /// The deepest nesting of a handshake's JSON. The forms need three; keys that we ignore may need some.
 pub const MAX_NESTING: usize = 32;
@@ -174,10 +174,11 @@ impl Incoming {
         let Some(announced) = &self.announced else {
             unreachable!("the descriptors were counted against the document")
         };
+        let one = Places::of_one_userfaultfd();
         let (places, layout, vcpus) = match announced {
-            Announced::Firecracker(layout) => (Places::USERFAULTFD, layout, 1),
+            Announced::Firecracker(layout) => (&one, layout, 1),
             Announced::Latepage(announcement) => {
-                (announcement.places, &announcement.layout, announcement.vcpus)
+                (&announcement.places, &announcement.layout, announcement.vcpus)
             }
         };
         let Parts { userfaultfds, memory, notify } =
@@ -199,8 +200,8 @@ impl Incoming {
                 name: announcement.name,
                 vcpus,
                 backing: announcement.backing,
-                shards: Shards::whole(&announcement.layout),
                 layout: announcement.layout,
+                shards: announcement.shards,
                 userfaultfds,
                 memory,
                 notify,

@@ -14,6 +14,7 @@ pub mod native;
 mod places;
 mod refusal;
 mod scan;
+pub mod shards;
 #[cfg(test)]
 mod tests;
 

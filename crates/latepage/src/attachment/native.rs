@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use rustix::fs::{OFlags, SealFlags};
 use serde::{Deserialize, Serialize};
 
-use crate::memory::{Layout, PageSize, Region};
+use crate::memory::{Layout, PageSize, Region, Shards};
 use crate::sys::memfd;
 
 use super::firecracker::page_size;
@@ -36,6 +36,8 @@ struct Document {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     backing: Option<String>,
     descriptors: Vec<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    shards: Option<Vec<u64>>,
     regions: Vec<RegionEntry>,
 }
 
@@ -86,7 +88,28 @@ pub struct Introduction<'a> {
 pub fn message(introduction: &Introduction<'_>) -> String {
     let kinds = [USERFAULTFD, MEMORY];
     let kinds = &kinds[..if introduction.memory { 2 } else { 1 }];
-    written(introduction, Way::Uffd, kinds)
+    written(introduction, Way::Uffd, kinds, None)
+}
+
+/// The message for a VM with a userfaultfd for each of these shards. With it go, in one sendmsg(2): the userfaultfds, in the order of
+/// the shards, then, if announced, its memory file. [`shards::create`](super::shards::create) makes them.
+///
+/// ```
+/// use latepage::attachment::{Backing, native};
+/// use latepage::memory::{Layout, PageSize, Region, Shards};
+///
+/// let layout = Layout::new(vec![Region { gpa: Some(0), hva: 0x7f00_0000_0000, size: 12288, offset: 0, page_size: PageSize::Small }])?;
+/// let introduction =
+///     native::Introduction { name: None, vcpus: 64, backing: Backing::Shared, memory: true, layout: &layout };
+/// let message = native::message_with_shards(&introduction, &Shards::equal(&layout, 2)?);
+/// assert!(message.contains(r#""descriptors":["userfaultfd","userfaultfd","memory"],"shards":[4096,8192]"#));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub fn message_with_shards(introduction: &Introduction<'_>, shards: &Shards) -> String {
+    let mut kinds = vec![USERFAULTFD; shards.len()];
+    kinds.extend(introduction.memory.then_some(MEMORY));
+    let sizes = (0..shards.len()).map(|shard| shards.bytes(introduction.layout, shard)).collect();
+    written(introduction, Way::Uffd, &kinds, Some(sizes))
 }
 
 /// Which descriptors come beside a channel's own and the memory file.
@@ -122,10 +145,10 @@ pub fn message_with_channel(introduction: &Introduction<'_>, beside: BesideChann
     kinds.extend(bitmap.then_some(BITMAP));
     kinds.extend(pages.then_some(PAGES));
     kinds.extend(userfaultfd.then_some(USERFAULTFD));
-    written(introduction, Way::Notify, &kinds)
+    written(introduction, Way::Notify, &kinds, None)
 }
 
-fn written(introduction: &Introduction<'_>, way: Way, kinds: &[usize]) -> String {
+fn written(introduction: &Introduction<'_>, way: Way, kinds: &[usize], shards: Option<Vec<u64>>) -> String {
     let document = Document {
         version: VERSION,
         delivery: way.name().to_owned(),
@@ -133,6 +156,7 @@ fn written(introduction: &Introduction<'_>, way: Way, kinds: &[usize]) -> String
         name: introduction.name.map(str::to_owned),
         backing: Some(introduction.backing.name().to_owned()),
         descriptors: Places::names(kinds),
+        shards,
         regions: introduction.layout.regions().iter().map(RegionEntry::from).collect(),
     };
     serde_json::to_string(&document).expect("strings and numbers always serialize")
@@ -145,6 +169,7 @@ pub(super) struct Announcement {
     pub(super) vcpus: u32,
     pub(super) backing: Backing,
     pub(super) layout: Layout,
+    pub(super) shards: Shards,
     /// Which descriptors come with it.
     pub(super) places: Places,
 }
@@ -165,15 +190,15 @@ pub(super) fn parse(body: &[u8]) -> Result<Announcement, Rejected> {
     let regions = document.regions.iter().map(RegionEntry::region).collect::<Result<_, _>>()?;
     let layout = Layout::new(regions).map_err(RefusalReason::from)?;
     match check(&document, &layout) {
-        Ok((backing, places)) => {
-            Ok(Announcement { name: document.name, vcpus: document.vcpus, backing, layout, places })
+        Ok((backing, places, shards)) => {
+            Ok(Announcement { name: document.name, vcpus: document.vcpus, backing, layout, shards, places })
         }
         Err(reason) => Err(Rejected { reason, layout: Some(Box::new(layout)) }),
     }
 }
 
-/// Checks all but the regions: yields the backing and the places of the descriptors.
-fn check(document: &Document, layout: &Layout) -> Result<(Backing, Places), RefusalReason> {
+/// Checks all but the regions: yields the backing, the places of the descriptors, and the shards.
+fn check(document: &Document, layout: &Layout) -> Result<(Backing, Places, Shards), RefusalReason> {
     let Some(way) = Way::from_name(&document.delivery) else {
         return Err(unknown("delivery", &document.delivery, "\"uffd\" and \"notify\" are"));
     };
@@ -200,7 +225,32 @@ fn check(document: &Document, layout: &Layout) -> Result<(Backing, Places), Refu
         let why = "does not go with delivery \"notify\": pages are filled through the memory file, and must show in \"shared\" mappings of it";
         return Err(RefusalReason::Backing { backing, why });
     }
-    Ok((backing, places))
+    let shards = shards(document.shards.as_deref(), way, places.userfaultfds().len(), layout)?;
+    Ok((backing, places, shards))
+}
+
+/// How the regions are divided among the userfaultfds.
+fn shards(
+    sizes: Option<&[u64]>,
+    way: Way,
+    userfaultfds: usize,
+    layout: &Layout,
+) -> Result<Shards, RefusalReason> {
+    match sizes {
+        Some(_) if way == Way::Notify => Err(RefusalReason::Value {
+            key: "shards",
+            value: "with delivery \"notify\"".to_owned(),
+            known: "only \"uffd\" has them",
+        }),
+        None if userfaultfds <= 1 => Ok(Shards::whole(layout)),
+        sizes => {
+            let sizes = sizes.unwrap_or_default();
+            if sizes.len() != userfaultfds {
+                return Err(RefusalReason::ShardCount { shards: sizes.len(), userfaultfds });
+            }
+            Ok(Shards::of_sizes(layout, sizes)?)
+        }
+    }
 }
 
 fn is_name(name: &str) -> bool {

@@ -2,7 +2,7 @@
 
 use crate::delivery::channel::AttachError;
 use crate::install::BitmapError;
-use crate::memory::{Layout, LayoutError, PageTableError};
+use crate::memory::{Layout, LayoutError, PageTableError, ShardsError};
 use crate::source::SourceError;
 use crate::sys::mapping::MapError;
 use crate::sys::memfd::NotSealed;
@@ -112,6 +112,20 @@ pub enum RefusalReason {
     /// The regions are no layout.
     #[error("the VM's regions: {0}")]
     Layout(#[from] LayoutError),
+    /// The shards are no division of the regions.
+    #[error("handshake: shards: {0}")]
+    Shards(#[from] ShardsError),
+    /// There are not as many shards as userfaultfds.
+    #[error(
+        "handshake: {shards} shards and {userfaultfds} userfaultfds: \"shards\" has the size of each userfaultfd's part of the \
+         regions, in the order of \"descriptors\""
+    )]
+    ShardCount {
+        /// Sizes in `shards`.
+        shards: usize,
+        /// Userfaultfds among the descriptors.
+        userfaultfds: usize,
+    },
     /// None came.
     #[error("{form} handshake without a descriptor: its userfaultfd must come with it (SCM_RIGHTS)")]
     NoDescriptor {
@@ -144,6 +158,14 @@ pub enum RefusalReason {
         position: usize,
         /// What it is, as /proc has it.
         what: String,
+    },
+    /// The same userfaultfd came twice.
+    #[error("descriptors {first} and {second} are the same userfaultfd: make one for each shard")]
+    SameUserfaultfd {
+        /// One's place among the descriptors, from 0.
+        first: usize,
+        /// The other's.
+        second: usize,
     },
     /// Reading it could wait for ever, and it cannot be polled.
     #[error("descriptor {position} is a userfaultfd that blocks: make it with O_NONBLOCK")]

@@ -5,8 +5,10 @@ use std::os::fd::OwnedFd;
 use rustix::event::EventfdFlags;
 use rustix::io::Errno;
 
+use crate::attachment::MAX_DESCRIPTORS;
+
 /// More than a good handshake brings, and than is opened to look at it.
-const KEPT: usize = 10;
+const KEPT: usize = MAX_DESCRIPTORS + 5;
 
 /// Places in this process's table of descriptors.
 #[derive(Debug, Default)]
@@ -19,7 +21,12 @@ impl Spare {
     /// EMFILE or ENFILE: there is no room. Nothing may be received then.
     pub(super) fn fill(&mut self) -> Result<(), Errno> {
         while self.0.len() < KEPT {
-            self.0.push(rustix::event::eventfd(0, EventfdFlags::CLOEXEC)?);
+            let another = match self.0.first() {
+                // Another place in the table, and nothing else.
+                Some(first) => rustix::io::fcntl_dupfd_cloexec(first, 0)?,
+                None => rustix::event::eventfd(0, EventfdFlags::CLOEXEC)?,
+            };
+            self.0.push(another);
         }
         Ok(())
     }

@@ -103,7 +103,25 @@ pub fn obey() {
         let number = |at: usize| words[at].parse::<usize>().unwrap();
         let answer = match words[0] {
             "guest" => {
-                guest = Some(Make::new(Backing::from_name(words[1]).unwrap(), number(2)).build());
+                let shards = if words.len() > 3 { number(3) } else { 1 };
+                let make = Make { shards, ..Make::new(Backing::from_name(words[1]).unwrap(), number(2)) };
+                guest = Some(make.build());
+                "ok".to_owned()
+            }
+            // With one userfaultfd fewer than announced.
+            "connect-short" => {
+                let guest = guest.as_ref().unwrap();
+                let mut sent: Vec<_> = guest.userfaultfds().collect();
+                sent.pop();
+                sockets.push(guest.connect_with(Path::new(words[1]), words[2], &sent));
+                "ok".to_owned()
+            }
+            // With each userfaultfd in another one's place.
+            "connect-turned" => {
+                let guest = guest.as_ref().unwrap();
+                let mut sent: Vec<_> = guest.userfaultfds().collect();
+                sent.rotate_left(1);
+                sockets.push(guest.connect_with(Path::new(words[1]), words[2], &sent));
                 "ok".to_owned()
             }
             "connect" => {

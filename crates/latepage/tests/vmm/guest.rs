@@ -1,12 +1,12 @@
 //! Guest memory in this process.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 
-use latepage::attachment::{Backing, Form, firecracker, native};
-use latepage::memory::{Layout, PageSize, Region};
+use latepage::attachment::{Backing, Form, firecracker, native, shards};
+use latepage::memory::{Layout, PageSize, Region, Shards};
 use latepage::sys::mapping::{MapError, Mapping};
 use latepage::sys::uffd::{Features, RegisterMode, Userfaultfd};
 use latepage::sys::{fdpass, memfd};
@@ -17,8 +17,11 @@ use super::{HUGE, PAGE, Running, start};
 pub struct Guest {
     /// What the guest sees: it faults.
     pub view: Arc<Mapping>,
-    /// The VMM's own copy of the userfaultfd.
+    /// The VMM's own copy of the userfaultfd, of the first shard where there are several.
     pub uffd: Userfaultfd,
+    /// Those of the other shards.
+    pub more: Vec<Userfaultfd>,
+    pub shards: Shards,
     /// The memory file, where there is one.
     pub memory: Option<OwnedFd>,
     pub backing: Backing,
@@ -35,11 +38,13 @@ pub struct Make {
     pub events: bool,
     /// Modes beside those that the backing needs.
     pub also: RegisterMode,
+    /// Userfaultfds.
+    pub shards: usize,
 }
 
 impl Make {
     pub fn new(backing: Backing, pages: usize) -> Self {
-        Self { backing, pages, events: true, also: RegisterMode::empty() }
+        Self { backing, pages, events: true, also: RegisterMode::empty(), shards: 1 }
     }
 
     pub fn build(self) -> Guest {
@@ -70,9 +75,7 @@ impl Make {
         if self.backing == Backing::Hugetlb {
             features |= Features::MISSING_HUGETLBFS;
         }
-        let uffd = Userfaultfd::create(features).unwrap();
         let minor = if memory.is_some() { RegisterMode::MINOR } else { RegisterMode::empty() };
-        uffd.register(view.address(), length as u64, RegisterMode::MISSING | minor | self.also).unwrap();
         let layout = Layout::new(vec![Region {
             gpa: Some(0),
             hva: view.address(),
@@ -81,7 +84,20 @@ impl Make {
             page_size: if page == HUGE { PageSize::Huge } else { PageSize::Small },
         }])
         .unwrap();
-        Ok(Guest { view: Arc::new(view), uffd, memory, backing: self.backing, layout, page })
+        let divided = Shards::equal(&layout, self.shards).unwrap();
+        let mode = RegisterMode::MISSING | minor | self.also;
+        let mut more = shards::create(&layout, &divided, features, mode).unwrap();
+        let uffd = more.remove(0);
+        Ok(Guest {
+            view: Arc::new(view),
+            uffd,
+            more,
+            shards: divided,
+            memory,
+            backing: self.backing,
+            layout,
+            page,
+        })
     }
 }
 
@@ -105,6 +121,16 @@ impl Guest {
 
     /// Connects to a pager, in our form where there is a name or a memory file to tell of.
     pub fn connect(&self, socket: &Path, name: &str) -> UnixStream {
+        self.connect_with(socket, name, &self.userfaultfds().collect::<Vec<_>>())
+    }
+
+    /// Its userfaultfds, one for each shard.
+    pub fn userfaultfds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        std::iter::once(&self.uffd).chain(&self.more).map(AsFd::as_fd)
+    }
+
+    /// Connects with these for its userfaultfds.
+    pub fn connect_with(&self, socket: &Path, name: &str, userfaultfds: &[BorrowedFd<'_>]) -> UnixStream {
         let introduction = native::Introduction {
             name: Some(name),
             vcpus: 2,
@@ -112,9 +138,13 @@ impl Guest {
             memory: self.memory.is_some(),
             layout: &self.layout,
         };
-        let mut descriptors = vec![self.uffd.as_fd()];
+        let mut descriptors = userfaultfds.to_vec();
         descriptors.extend(self.memory.as_ref().map(AsFd::as_fd));
-        say(socket, native::message(&introduction).as_bytes(), &descriptors)
+        let message = match self.shards.len() {
+            1 => native::message(&introduction),
+            _ => native::message_with_shards(&introduction, &self.shards),
+        };
+        say(socket, message.as_bytes(), &descriptors)
     }
 
     /// Connects as Firecracker does.
@@ -175,7 +205,7 @@ impl Guest {
 }
 
 /// Connects and sends one message.
-pub fn say(socket: &Path, bytes: &[u8], descriptors: &[std::os::fd::BorrowedFd<'_>]) -> UnixStream {
+pub fn say(socket: &Path, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) -> UnixStream {
     let stream = UnixStream::connect(socket).unwrap();
     let sent = fdpass::send(&stream, bytes, descriptors).unwrap();
     assert_eq!(sent, bytes.len());

@@ -5,6 +5,7 @@ mod firecracker;
 mod native;
 mod notify;
 mod properties;
+mod shards;
 
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -149,8 +150,8 @@ fn a_userfaultfd_is_kept_whatever_goes_wrong_and_whenever() {
 #[test]
 fn more_descriptors_than_any_handshake_has_are_refused_at_once() {
     let mut incoming = Incoming::new();
-    let Fed::Refused(refusal) = incoming.feed(b"[", (0..7).map(|_| file()).collect()) else { panic!() };
-    assert_eq!(refusal.reason.to_string(), "7 descriptors; no handshake has more than 6");
+    let Fed::Refused(refusal) = incoming.feed(b"[", (0..66).map(|_| file()).collect()) else { panic!() };
+    assert_eq!(refusal.reason.to_string(), "66 descriptors; no handshake has more than 65");
 }
 
 #[test]

@@ -118,9 +118,9 @@ fn unknown_values_are_refused_by_name() {
         ("name", json!("x".repeat(65)), "is not known; 1 to 64 of"),
         ("backing", json!("cxl"), "backing \"cxl\" is not known"),
         ("descriptors", json!(["userfaultfd", "channel"]), "descriptors \"channel\" is not known"),
-        ("descriptors", json!(["userfaultfd", "userfaultfd"]), "no other twice"),
-        ("descriptors", json!(["memory"]), "there must be one \"userfaultfd\""),
-        ("descriptors", json!([]), "there must be one \"userfaultfd\""),
+        ("descriptors", json!(["userfaultfd", "memory", "memory"]), "no other twice"),
+        ("descriptors", json!(["memory"]), "there must be a \"userfaultfd\""),
+        ("descriptors", json!([]), "there must be a \"userfaultfd\""),
         ("vcpus", json!(-1), "expected u32"),
         ("regions", json!({}), "expected a sequence"),
     ] {

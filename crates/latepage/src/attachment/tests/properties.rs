@@ -3,8 +3,8 @@
 use proptest::prelude::*;
 
 use super::super::{Backing, Fed, Incoming, firecracker, native};
-use super::userfaultfd;
-use crate::memory::{Layout, PageSize, Region};
+use super::{sealed, userfaultfd};
+use crate::memory::{Layout, PageSize, Region, Shards};
 
 /// A layout as a VMM could have it: regions one after the other, with gaps.
 fn layouts() -> impl Strategy<Value = Layout> {
@@ -53,6 +53,8 @@ fn fragments() -> impl Strategy<Value = Vec<u8>> {
         b"18446744073709551616",
         b"\"delivery\":\"uffd\"",
         b"\"hva\":0",
+        b"\"shards\":[4096,",
+        b"\"userfaultfd\",",
     ];
     prop::collection::vec(prop::sample::select(words), 0..60).prop_map(|words| words.concat())
 }
@@ -122,6 +124,52 @@ proptest! {
         } else {
             let without_gpa: Vec<Region> = layout.regions().iter().map(|region| Region { gpa: None, ..*region }).collect();
             prop_assert_eq!(hello.layout.regions(), &without_gpa[..]);
+        }
+    }
+    #[test]
+    fn whatever_the_division_each_page_has_one_userfaultfd_and_what_is_none_is_refused(
+        layout in layouts(), count in 1_usize..10, sizes in prop::collection::vec(prop_oneof![0_u64..20, any::<u64>()], 0..70), memory in any::<bool>()
+    ) {
+        if userfaultfd().is_none() { return Ok(()) };
+        let unit = layout.regions()[0].page_size.bytes();
+        let memory = memory && unit == 4096;
+        let backing = if unit == 4096 { Backing::Shared } else { Backing::Hugetlb };
+        let introduction = native::Introduction { name: None, vcpus: 3, backing, memory, layout: &layout };
+        let sent = |count| {
+            let mut sent: Vec<_> = (0..count).map(|_| userfaultfd().unwrap()).collect();
+            sent.extend(memory.then(|| sealed(layout.end())));
+            sent
+        };
+
+        // Each from one page on, the rest to the last.
+        let count = count.min(layout.pages() as usize);
+        let shards = Shards::equal(&layout, count).unwrap();
+        let message = native::message_with_shards(&introduction, &shards);
+        match Incoming::new().feed(message.as_bytes(), sent(count)) {
+            Fed::Done(hello) => {
+                prop_assert_eq!((hello.userfaultfds.len(), hello.memory.is_some()), (count, memory));
+                prop_assert_eq!(hello.shards, shards);
+            }
+            other => panic!("{other:?}"),
+        }
+
+        // Whatever sizes are said: a division, of which each page is one shard's, or a refusal that keeps all userfaultfds.
+        let sizes: Vec<u64> = sizes.iter().map(|size| size.saturating_mul(unit)).collect();
+        let mut document: serde_json::Value = serde_json::from_str(&message).unwrap();
+        document["shards"] = serde_json::json!(sizes);
+        match Incoming::new().feed(document.to_string().as_bytes(), sent(count)) {
+            Fed::Done(hello) => {
+                prop_assert_eq!(sizes.iter().sum::<u64>(), layout.bytes());
+                let ends: Vec<u32> = (0..count).map(|shard| hello.shards.pages(shard).end).collect();
+                prop_assert_eq!(ends.last(), Some(&layout.pages()));
+                prop_assert!(ends.is_sorted());
+            }
+            Fed::Refused(refusal) => {
+                let says = refusal.reason.to_string();
+                prop_assert!(says.starts_with("handshake: shards: ") || says.contains(" shards and "), "{}", says);
+                prop_assert_eq!(refusal.userfaultfds.len(), count);
+            }
+            Fed::More => panic!("all of it was fed"),
         }
     }
 }
