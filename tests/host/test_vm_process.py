@@ -105,6 +105,82 @@ def test_a_vm_restored_through_a_pager_holds_what_was_saved(
 
 
 @pytest.mark.needs("/dev/userfaultfd")
+@pytest.mark.parametrize("backing", ["anonymous", "private", "shared"])
+@pytest.mark.parametrize("shards", [2, 7, 64])
+def test_a_vm_of_several_shards_holds_what_was_saved(
+    snapshot: Snapshot, serve: Callable[..., Serve], folder: Path, backing: str, shards: int
+) -> None:
+    state, memory = snapshot
+    pager = serve(source=memory)
+    options = {"backing": backing, "shards": shards}
+    with VmProcess.restore(state, pager=pager.socket, api_sock=folder / "vm.sock", name="vm-s", **options) as vm:  # type: ignore[arg-type]
+        assert vm.event("started")["shards"] == [shards, None]
+        with vm.client() as client:
+            client.run(VERIFY)
+            # The middle of memory is the end of a shard, whatever their number.
+            client.discard(PAGES // 2 - 600, 1200)
+            assert client.wait().is_right
+            client.run(VERIFY)
+            assert client.wait().is_right
+            assert client.compare().is_right
+            assert client.report().shards == (shards, None)
+            client.quit()
+        assert vm.wait() == 0
+    assert pager.event("ended")["reason"] == "gone"
+
+
+@pytest.mark.needs("/dev/userfaultfd")
+def test_shards_that_suit_a_vm_are_one_for_each_sixteen_vcpus(folder: Path, serve: Callable[..., Serve]) -> None:
+    files = folder / "vm.state", folder / "vm.mem"
+    with VmProcess.create(Job("fill", seed=7), memory=MEMORY, vcpus=40, guest="threads", save=files) as vm:
+        assert vm.wait() == 0
+    pager = serve(source=files[1])
+    instead = "Firecracker's handshake has one userfaultfd: 1 shard, where 40 vCPUs call for 3"
+    for handshake, shards in (("latepage", [3, None]), ("firecracker", [1, instead])):
+        options = {"handshake": handshake, "shards": "auto", "guest": "threads"}
+        with VmProcess.restore(files[0], VERIFY, pager=pager.socket, **options) as vm:  # type: ignore[arg-type]
+            assert vm.event("started")["shards"] == shards
+            assert vm.done().is_right
+            assert vm.wait() == 0
+
+
+@pytest.mark.needs("/dev/userfaultfd")
+def test_the_command_line_tells_of_shards(snapshot: Snapshot, serve: Callable[..., Serve]) -> None:
+    state, memory = snapshot
+    pager = serve(source=memory)
+
+    def restore(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "latepage", "vm", "restore", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+    done = restore(state, "--pager", pager.socket, "--shards", "3", "--verify", "random")
+    assert done.returncode == 0, done.stderr
+    assert "; 3 shards" in done.stdout
+    assert "auto" not in restore(state, "--pager", pager.socket, "--shards", "auto").stderr
+    for shards in ("many", "1.5"):
+        done = restore(state, "--pager", pager.socket, "--shards", shards)
+        assert done.returncode != 0
+        assert f"'{shards}' is no number of shards" in done.stderr
+    done = restore(state, "--map", memory, "--shards", "2")
+    assert (done.returncode, done.stderr) == (2, "latepage vm restore: --shards goes with --pager only\n")
+    done = restore(state, "--pager", pager.socket, "--shards", "5000")
+    assert (done.returncode, "5000 shards; a VM has 1 to 64" in done.stderr) == (2, True)
+
+
+def test_shards_that_cannot_be_are_refused(snapshot: Snapshot) -> None:
+    state, memory = snapshot
+    nobody = ("--pager", "/nowhere")
+    assert refused("restore", state, "--read", memory, "--shards", 2) == (2, "latepage.kvm: --shards goes with --pager only\n")
+    assert "65 shards; a VM has 1 to 64" in refused("restore", state, *nobody, "--shards", 65)[1]
+    assert "0 shards; a VM has 1 to 64" in refused("restore", state, *nobody, "--shards", 0)[1]
+    assert "'many' is no number of shards: give 1 to 64, or auto" in refused("restore", state, *nobody, "--shards", "many")[1]
+    posts = refused("restore", state, *nobody, "--delivery", "notify", "--shards", 2)[1]
+    assert "with the delivery notify vCPUs post to a channel: shards go with uffd" in posts
+    of_one = refused("restore", state, *nobody, "--handshake", "firecracker", "--shards", 2)[1]
+    assert "Firecracker's handshake has one userfaultfd, not 2; use --handshake latepage" in of_one
+
+
+@pytest.mark.needs("/dev/userfaultfd")
 def test_a_vm_says_that_its_pager_is_gone_and_ends_when_it_is_told_to(snapshot: Snapshot, serve: Callable[..., Serve]) -> None:
     state, memory = snapshot
     pager = serve(source=memory)

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::late::Delivery;
 use crate::machine::GuestKind;
 use crate::memory::Backing;
+use crate::shards::ShardCount;
 use crate::trap::TrapKind;
 
 /// A VM to create.
@@ -58,6 +59,9 @@ pub enum MemoryFrom {
         /// Whether the memfd goes with the handshake (ours only); unset, it does if the backing is shared.
         #[serde(default)]
         send_memory: Option<bool>,
+        /// How many userfaultfds, each over a shard of the memory (ours only); unset, one.
+        #[serde(default)]
+        shards: Option<ShardCount>,
     },
     /// The memory file, page by page as they are touched, by the VMM itself.
     Late(LateMemory),

@@ -3,6 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
+use latepage::attachment::shards::ShardError;
 use latepage::sys::mapping::MapError;
 use latepage::sys::uffd::{CreateError, UffdError};
 use rustix::io::Errno;
@@ -207,6 +208,16 @@ impl VmError {
             Self::Pager { source, .. } => (Some("connect"), source.raw_os_error()),
             Self::Register(error) => (Some(error.call), Some(error.errno.raw_os_error())),
             _ => (None, None),
+        }
+    }
+}
+
+impl From<ShardError> for VmError {
+    fn from(error: ShardError) -> Self {
+        match error {
+            ShardError::Shards(error) => Self::Config(error.to_string()),
+            ShardError::Create(error) => Self::Userfaultfd(error),
+            ShardError::Register { source, .. } => Self::Register(source),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Memory that a pager brings: our userfaultfd, the handshake, and the socket that stays open for as long as the VM lives.
+//! Memory that a pager brings: our userfaultfds, the handshake, and the socket that stays open for as long as the VM lives.
 //!
 //! In Firecracker's form all is as Firecracker does it: EVENT_REMOVE and no other feature, MISSING registration, one message with
 //! one descriptor, no reply. In ours a memory file may go with it; then pages are also reported that are in it but not
@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 
-use latepage::attachment::{Form, firecracker, native};
+use latepage::attachment::{Form, firecracker, native, shards};
 use latepage::memory::{Layout, PageSize, Region};
 use latepage::sys::fdpass;
 use latepage::sys::uffd::{Features, RegisterMode, Userfaultfd};
@@ -22,6 +22,7 @@ use crate::control::Control;
 use crate::error::VmError;
 use crate::event::Event;
 use crate::memory::{Backing, GuestMemory};
+use crate::shards::{Divided, ShardCount, divide};
 
 /// What is needed to attach a VM to a pager.
 #[derive(Clone, Debug)]
@@ -30,15 +31,17 @@ pub(crate) struct Attach<'a> {
     pub(crate) form: Form,
     /// Whether the memory file goes with the handshake.
     pub(crate) send_memory: bool,
+    pub(crate) shards: Option<ShardCount>,
     pub(crate) name: &'a str,
     pub(crate) vcpus: u32,
 }
 
-/// The VM's end of its life with a pager. Our userfaultfd is a second reference to what the pager got: were the pager's the
-/// last one, its death would let every waiting vCPU through to pages of zeros.
+/// The VM's end of its life with a pager. Our userfaultfds are second references to what the pager got: were the pager's the
+/// last ones, its death would let every waiting vCPU through to pages of zeros.
 #[derive(Debug)]
 pub(crate) struct PagerLink {
-    _userfaultfd: Userfaultfd,
+    userfaultfds: Vec<Userfaultfd>,
+    shards_note: Option<String>,
     socket: UnixStream,
     path: PathBuf,
     form: Form,
@@ -57,23 +60,28 @@ impl PagerLink {
             }
             None => (Features::EVENT_REMOVE, RegisterMode::MISSING),
         };
-        let userfaultfd = Userfaultfd::create(features)?;
-        for region in layout.regions() {
-            userfaultfd.register(region.hva, region.size, mode)?;
-        }
+        let Divided { shards, note } = divide(attach.shards, attach.form, attach.vcpus, &layout)?;
+        let userfaultfds = shards::create(&layout, &shards, features, mode)?;
         let failed = |source| VmError::Pager { path: attach.socket.to_path_buf(), source };
         let socket = UnixStream::connect(attach.socket).map_err(failed)?;
         let message = match attach.form {
             Form::Firecracker => firecracker::message(&layout),
-            Form::Latepage => native::message(&native::Introduction {
-                name: Some(attach.name),
-                vcpus: attach.vcpus,
-                backing: announced(memory.backing()),
-                memory: memfd.is_some(),
-                layout: &layout,
-            }),
+            Form::Latepage => {
+                let introduction = native::Introduction {
+                    name: Some(attach.name),
+                    vcpus: attach.vcpus,
+                    backing: announced(memory.backing()),
+                    memory: memfd.is_some(),
+                    layout: &layout,
+                };
+                // Whoever knows nothing of shards takes a VM that has one.
+                match shards.len() {
+                    1 => native::message(&introduction),
+                    _ => native::message_with_shards(&introduction, &shards),
+                }
+            }
         };
-        let descriptors: Vec<_> = std::iter::once(userfaultfd.as_fd()).chain(memfd).collect();
+        let descriptors: Vec<_> = userfaultfds.iter().map(AsFd::as_fd).chain(memfd).collect();
         let sent =
             fdpass::send(&socket, message.as_bytes(), &descriptors).map_err(|errno| failed(errno.into()))?;
         if sent < message.len() {
@@ -83,7 +91,8 @@ impl PagerLink {
             )));
         }
         Ok(Self {
-            _userfaultfd: userfaultfd,
+            userfaultfds,
+            shards_note: note,
             socket,
             path: attach.socket.to_path_buf(),
             form: attach.form,
@@ -115,6 +124,11 @@ impl PagerLink {
 
     pub(crate) fn form(&self) -> Form {
         self.form
+    }
+
+    /// How many shards the memory has, and what was done instead of what was asked for.
+    pub(crate) fn shards(&self) -> (usize, Option<String>) {
+        (self.userfaultfds.len(), self.shards_note.clone())
     }
 }
 

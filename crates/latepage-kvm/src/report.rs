@@ -65,6 +65,8 @@ pub struct Report {
     pub contents: Vec<(Option<u64>, u64)>,
     /// The pager's socket and the form of the handshake.
     pub pager: Option<(PathBuf, &'static str)>,
+    /// How many userfaultfds a pager has, each over a shard of the memory, and what was done instead of what `auto` stands for.
+    pub shards: Option<(usize, Option<String>)>,
     /// What has come, and how, where the VMM itself brings the memory.
     pub late: Option<LateReport>,
     /// What the VMM's side has done, where its threads post to a pager.

@@ -68,7 +68,9 @@ pub(crate) fn attach(
     name: &str,
     vcpus: u32,
 ) -> Result<Option<PagerLink>, VmError> {
-    let MemoryFrom::Pager { socket, handshake, send_memory } = &config.memory else { return Ok(None) };
+    let MemoryFrom::Pager { socket, handshake, send_memory, shards } = &config.memory else {
+        return Ok(None);
+    };
     let form = match handshake {
         Handshake::Firecracker => Form::Firecracker,
         Handshake::Latepage => Form::Latepage,
@@ -86,5 +88,5 @@ pub(crate) fn attach(
         (None, Form::Firecracker) => false,
         (None, Form::Latepage) => memory.backing() == Backing::Shared,
     };
-    PagerLink::attach(memory, &Attach { socket, form, send_memory, name, vcpus }).map(Some)
+    PagerLink::attach(memory, &Attach { socket, form, send_memory, shards: *shards, name, vcpus }).map(Some)
 }

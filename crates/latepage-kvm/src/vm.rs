@@ -483,6 +483,7 @@ impl Vm {
             pages: self.memory().layout().pages(),
             contents: state.expectations.summary(),
             pager,
+            shards: self.link.as_ref().map(PagerLink::shards),
             late,
             notify,
             origin_monotonic_ns: self.control.origin(),

@@ -86,7 +86,8 @@ fn a_saved_vm_is_the_same_from_a_pager_with_either_handshake() {
             (Handshake::Latepage, Backing::Shared, None),
         ] {
             let pager = TinyPager::start(directory.path(), &snapshot.memory(), Manner::Serve);
-            let from = MemoryFrom::Pager { socket: pager.socket.clone(), handshake, send_memory };
+            let from =
+                MemoryFrom::Pager { socket: pager.socket.clone(), handshake, send_memory, shards: None };
             let vm = snapshot.restore(from, Some(backing), guest).unwrap();
             holds_what_was_saved(&vm);
             drop(vm);
@@ -179,6 +180,7 @@ fn a_vm_whose_pager_is_slow_waits_for_it_even_when_it_is_paused_meanwhile() {
             socket: pager.socket.clone(),
             handshake: Handshake::Firecracker,
             send_memory: None,
+            shards: None,
         };
         let vm = snapshot.restore(from, None, guest).unwrap();
         std::thread::scope(|scope| {
@@ -202,8 +204,12 @@ fn poisoned_memory_is_the_end_of_the_vm_and_never_a_zero() {
     let directory = scratch();
     let snapshot = Snapshot::take(directory.path(), kvm);
     let pager = TinyPager::start(directory.path(), &snapshot.memory(), Manner::Poison);
-    let from =
-        MemoryFrom::Pager { socket: pager.socket.clone(), handshake: Handshake::Latepage, send_memory: None };
+    let from = MemoryFrom::Pager {
+        socket: pager.socket.clone(),
+        handshake: Handshake::Latepage,
+        send_memory: None,
+        shards: None,
+    };
     let vm = snapshot.restore(from, None, kvm).unwrap();
     vm.run(Job::new(Action::Touch, 1, Order::Sequential)).unwrap();
     let failed = vm.wait(None).unwrap_err();
@@ -223,7 +229,12 @@ fn what_cannot_be_restored_is_refused_by_one_line_and_leaves_nothing() {
     let refusal = |memory| snapshot.restore(memory, None, guest).unwrap_err().to_string();
     let missing = directory.path().join("missing");
     assert!(refusal(MemoryFrom::Map { memory_file: missing.clone() }).contains("missing"));
-    let pager = MemoryFrom::Pager { socket: missing, handshake: Handshake::Latepage, send_memory: None };
+    let pager = MemoryFrom::Pager {
+        socket: missing,
+        handshake: Handshake::Latepage,
+        send_memory: None,
+        shards: None,
+    };
     assert!(refusal(pager).contains("is `latepage serve` running there?"));
 
     let state = fs::read_to_string(snapshot.state()).unwrap();

@@ -2,22 +2,42 @@
 
 import json as jsonlib
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import cyclopts
-from cyclopts import Parameter
+from cyclopts import Parameter, Token
 
 from latepage.cli.sizes import Size
 from latepage.kvm.client import Client
 from latepage.kvm.host import Life, live
 from latepage.kvm.jobs import Action, Job, Order
-from latepage.kvm.vm import Backing, ConfigError, Delivery, Guest, Handshake, Trap, default_name, late_memory, pager_memory
+from latepage.kvm.vm import (
+    Backing,
+    ConfigError,
+    Delivery,
+    Guest,
+    Handshake,
+    Shards,
+    Trap,
+    default_name,
+    late_memory,
+    pager_memory,
+    parse_shards,
+)
 
 __all__ = ["app"]
 
 Flag = Annotated[bool, Parameter(negative=())]
+
+
+def _parse_shards(_type: object, tokens: Sequence[Token]) -> Shards:
+    return parse_shards(tokens[0].value)
+
+
+HowManyShards = Annotated[Shards | None, Parameter(converter=_parse_shards, n_tokens=1, accepts_keys=False)]
 
 app = cyclopts.App(
     name="vm",
@@ -89,6 +109,7 @@ def restore(
     notify_all: Flag = False,
     handshake: Handshake | None = None,
     send_memory: bool | None = None,
+    shards: HowManyShards = None,
     backing: Backing | None = None,
     guest: Guest = "auto",
     name: str | None = None,
@@ -118,6 +139,8 @@ def restore(
         handshake: the form in which the VM introduces itself to the pager; latepage if not given.
         send_memory: send the memfd of shared or private memory with it, so that the pager fills it through its own view;
             by default for shared memory.
+        shards: how many userfaultfds the pager gets, each over a shard of the memory: 1 to 64, or auto for one for each 16
+            vCPUs; by default one.
         backing: what the memory is made of; by default what it was.
         guest: kvm, threads that stand in for it, or whichever there is.
         name: its name; vm-PID if not given.
@@ -135,8 +158,9 @@ def restore(
         "guest": guest,
         "paused": paused,
     }
-    if pager is None and handshake is not None:
-        print("latepage vm restore: --handshake goes with --pager only", file=sys.stderr)
+    if pager is None and (handshake is not None or shards is not None):
+        flag = "--shards" if handshake is None else "--handshake"
+        print(f"latepage vm restore: {flag} goes with --pager only", file=sys.stderr)
         return 2
     if late is None and pager is None and (delivery, trap) != (None, None):
         print("latepage vm restore: --delivery and --trap go with --late or --pager only", file=sys.stderr)
@@ -157,7 +181,9 @@ def restore(
         case None, None, None, Path():
             form: Handshake = handshake or "latepage"
             try:
-                config["memory"] = pager_memory(pager, form, send_memory, delivery or "uffd", trap, notify_all=notify_all)
+                config["memory"] = pager_memory(
+                    pager, form, send_memory, delivery or "uffd", trap, notify_all=notify_all, shards=shards
+                )
             except ConfigError as error:
                 print(f"latepage vm restore: {error}", file=sys.stderr)
                 return 2
@@ -316,7 +342,7 @@ def report(api_sock: Path, /, *, json: Flag = False) -> None:
     if fields["error"]:
         lines.append(f"  error     {fields['error']}")
     if fields["pager"]:
-        lines.append(f"  pager     {fields['pager'][0]} ({fields['pager'][1]} handshake)")
+        lines.append(f"  pager     {fields['pager'][0]} ({fields['pager'][1]} handshake{_shards(fields, ', ')})")
     if fields["late"]:
         lines.append(f"  late      {_late(fields['late'])}")
     if fields["notify"]:
@@ -395,7 +421,7 @@ def _line(event: dict[str, Any]) -> str | None:
     match event["event"]:
         case "started":
             at = f", API socket {event['api_sock']}" if event["api_sock"] else ""
-            return f"ready after {event['ready_ns'] / 1e6:.1f} ms; {_guest(event)}{at}"
+            return f"ready after {event['ready_ns'] / 1e6:.1f} ms; {_guest(event)}{_shards(event, '; ')}{at}"
         case "first_instruction":
             return f"first instruction after {event['ns'] / 1e6:.1f} ms"
         case "progress":
@@ -424,6 +450,14 @@ def _line(event: dict[str, Any]) -> str | None:
         case "idle":
             return "all done; waiting for requests"
     return None
+
+
+def _shards(fields: dict[str, Any], before: str) -> str:
+    """How many userfaultfds, where that needs a word."""
+    count, note = fields["shards"] or (1, None)
+    if note is not None:
+        return f"{before}{note}"
+    return f"{before}{count} shards" if count > 1 else ""
 
 
 def _guest(fields: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ from latepage.kvm.client import Client
 from latepage.kvm.jobs import Action, Comparison, Job, JobReport, Order
 from latepage.kvm.process import VmProcess
 from latepage.kvm.requests import LateReport, NotifyReport, Report, Requests, SaveReport
-from latepage.kvm.vm import Backing, ConfigError, Delivery, Guest, Handshake, Trap, Vm
+from latepage.kvm.vm import Backing, ConfigError, Delivery, Guest, Handshake, Shards, Trap, Vm
 
 __all__ = [
     "Action",
@@ -36,6 +36,7 @@ __all__ = [
     "Report",
     "Requests",
     "SaveReport",
+    "Shards",
     "Trap",
     "Vm",
     "VmProcess",

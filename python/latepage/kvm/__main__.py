@@ -13,7 +13,7 @@ from typing import Any
 from latepage.errors import GuestError
 from latepage.kvm.host import Life, live
 from latepage.kvm.jobs import Job
-from latepage.kvm.vm import ConfigError, Delivery, default_name, late_memory, pager_memory
+from latepage.kvm.vm import ConfigError, Delivery, Shards, default_name, late_memory, pager_memory, parse_shards
 
 __all__ = ["main"]
 
@@ -66,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
     restore.add_argument("--notify-all", action="store_true", help="with notify: the pager gets no userfaultfd")
     restore.add_argument("--handshake", choices=("firecracker", "latepage"), default="latepage")
     restore.add_argument("--send-memory", choices=("yes", "no"), help="whether the memfd goes with the handshake")
+    restore.add_argument("--shards", type=_shards, metavar="N|auto", help="with --pager: how many userfaultfds, 1 to 64")
     restore.add_argument("--backing", choices=("shared", "private", "anonymous", "hugetlb"))
     restore.add_argument("--paused", action="store_true", help="wait to be resumed")
 
@@ -78,6 +79,13 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--api-sock", metavar="PATH", help="answer requests here, and live until told to end")
         command.add_argument("--stay", action="store_true", help="live until a signal comes")
     return top
+
+
+def _shards(text: str) -> Shards:
+    try:
+        return parse_shards(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _job(text: str) -> Job:
@@ -107,6 +115,8 @@ def life(chosen: argparse.Namespace) -> Life:
 def _memory(chosen: argparse.Namespace) -> dict[str, Any]:
     if chosen.notify_all and chosen.pager is None:
         raise ConfigError("--notify-all goes with --pager and --delivery notify only")
+    if chosen.pager is None and chosen.shards is not None:
+        raise ConfigError("--shards goes with --pager only")
     if chosen.late is not None:
         return late_memory(chosen.late, chosen.delivery or "uffd", chosen.trap, chosen.window)
     if chosen.window is not None:
@@ -114,7 +124,8 @@ def _memory(chosen: argparse.Namespace) -> dict[str, Any]:
     if chosen.pager is not None:
         send = None if chosen.send_memory is None else chosen.send_memory == "yes"
         delivery: Delivery = chosen.delivery or "uffd"
-        return pager_memory(chosen.pager, chosen.handshake, send, delivery, chosen.trap, notify_all=chosen.notify_all)
+        more = {"notify_all": chosen.notify_all, "shards": chosen.shards}
+        return pager_memory(chosen.pager, chosen.handshake, send, delivery, chosen.trap, **more)
     if (chosen.delivery, chosen.trap) != (None, None):
         raise ConfigError("--delivery and --trap go with --late or --pager only")
     if chosen.read is not None:

@@ -149,7 +149,7 @@ def live(life: Life, tell: Tell) -> int:
         def say(event: str, **fields: Any) -> None:
             tell({"event": event, "vm": name, **fields})
 
-        kept = ("pid", "guest", "backing", "vcpus", "memory", "pages", "origin_monotonic_ns", "ready_ns")
+        kept = ("pid", "guest", "backing", "vcpus", "memory", "pages", "shards", "origin_monotonic_ns", "ready_ns")
         say("started", **{key: report[key] for key in kept}, api_sock=life.api_sock)
         outcome = _Outcome()
         _attend(life, vm, signals, outcome, say)

@@ -12,7 +12,7 @@ from typing import Any, Self
 from latepage.errors import GuestError
 from latepage.kvm.client import Client
 from latepage.kvm.jobs import Job, JobReport
-from latepage.kvm.vm import Backing, Delivery, Guest, Handshake, Trap
+from latepage.kvm.vm import Backing, Delivery, Guest, Handshake, Shards, Trap
 
 __all__ = ["VmProcess"]
 
@@ -67,6 +67,7 @@ class VmProcess:
         notify_all: bool = False,
         handshake: Handshake = "latepage",
         send_memory: bool | None = None,
+        shards: Shards | None = None,
         backing: Backing | None = None,
         guest: Guest = "auto",
         name: str | None = None,
@@ -86,6 +87,7 @@ class VmProcess:
         if pager is not None:
             arguments += ["--handshake", handshake]
             arguments += [] if send_memory is None else ["--send-memory", "yes" if send_memory else "no"]
+            arguments += [] if shards is None else ["--shards", str(shards)]
         arguments += ["--notify-all"] if notify_all else []
         arguments += ["--paused"] if paused else []
         return cls([*arguments, *_common(jobs, guest, name, compare, save)], api_sock=api_sock)

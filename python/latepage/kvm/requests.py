@@ -100,6 +100,8 @@ class Report:
         pages: how many pages are fingerprinted: all but the first 2 MiB.
         contents: pages by the seed written to them last (None: they are zero).
         pager: the pager's socket and the form of the handshake, if a pager brings its memory.
+        shards: how many userfaultfds the pager has, each over a shard of the memory, and what was done instead of what `auto`
+            stands for (None: just that).
         late: what has come, and how, if the VMM itself brings its memory.
         notify: what the VMM's side has done, if its threads post to a pager.
         origin_monotonic_ns: CLOCK_MONOTONIC when the VM began to be created or restored.
@@ -120,6 +122,7 @@ class Report:
     pages: int
     contents: dict[int | None, int]
     pager: tuple[str, str] | None
+    shards: tuple[int, str | None] | None
     late: LateReport | None
     notify: NotifyReport | None
     origin_monotonic_ns: int
@@ -135,6 +138,7 @@ class Report:
         own["contents"] = dict(fields["contents"])
         own["pager"] = tuple(fields["pager"]) if fields["pager"] else None
         own["notify"] = NotifyReport(**fields["notify"]) if fields["notify"] else None
+        own["shards"] = tuple(fields["shards"]) if fields["shards"] else None
         own["late"] = LateReport(**fields["late"]) if fields["late"] else None
         for job in ("job", "last_job"):
             own[job] = JobReport.from_json(fields[job]) if fields[job] else None

@@ -10,13 +10,14 @@ from latepage import _core
 from latepage.errors import GuestError
 from latepage.kvm.requests import Requests, result_of
 
-__all__ = ["Backing", "ConfigError", "Delivery", "Guest", "Handshake", "Trap", "Vm"]
+__all__ = ["Backing", "ConfigError", "Delivery", "Guest", "Handshake", "Shards", "Trap", "Vm"]
 
 Backing = Literal["shared", "private", "anonymous", "hugetlb"]
 Guest = Literal["auto", "kvm", "threads"]
 Handshake = Literal["firecracker", "latepage"]
 Delivery = Literal["uffd", "exit", "notify"]
 Trap = Literal["bitmap", "attributes"]
+Shards = int | Literal["auto"]
 
 
 class ConfigError(GuestError, ValueError):
@@ -83,6 +84,7 @@ class Vm(Requests):
         notify_all: bool = False,
         handshake: Handshake = "latepage",
         send_memory: bool | None = None,
+        shards: Shards | None = None,
         name: str | None = None,
         backing: Backing | None = None,
         guest: Guest = "auto",
@@ -104,6 +106,8 @@ class Vm(Requests):
             handshake: the form in which the VM introduces itself.
             send_memory: whether the memfd of shared or private memory goes with latepage's handshake, so that the pager fills it
                 through its own view; None means for shared memory.
+            shards: how many userfaultfds the pager gets, each over a shard of the memory: 1 to 64, or `auto` for one for each 16
+                vCPUs; None means one. Latepage's handshake only, but for one.
             name: by default `vm-PID`.
             backing: what the memory is made of; by default what it was.
             guest: `kvm`, `threads`, or whichever there is.
@@ -124,6 +128,8 @@ class Vm(Requests):
             raise ConfigError("a window goes with late memory; a pager has a policy of its own")
         if notify_all and pager is None:
             raise ConfigError("notify_all takes a pager and the delivery notify")
+        if pager is None and shards is not None:
+            raise ConfigError("shards go with a pager")
         if memory_file is not None and late:
             memory = late_memory(memory_file, delivery, trap, window)
         elif memory_file is not None:
@@ -131,7 +137,7 @@ class Vm(Requests):
         else:
             if map_memory:
                 raise ConfigError("only a memory file can be mapped")
-            memory = pager_memory(pager or "", handshake, send_memory, delivery, trap, notify_all=notify_all)
+            memory = pager_memory(pager or "", handshake, send_memory, delivery, trap, notify_all=notify_all, shards=shards)
         config = {
             "name": default_name() if name is None else name,
             "state_file": os.fspath(state_file),
@@ -202,6 +208,7 @@ def pager_memory(
     trap: Trap | None,
     *,
     notify_all: bool,
+    shards: Shards | None,
 ) -> dict[str, Any]:
     """Memory that a pager brings, as a configuration has it.
 
@@ -216,12 +223,23 @@ def pager_memory(
     if delivery == "uffd":
         if trap is not None or notify_all:
             raise ConfigError("a trap, and notify_all, go with the delivery notify")
-        return {"from": "pager", "socket": os.fspath(socket), "handshake": handshake, "send_memory": send_memory}
+        way = {"handshake": handshake, "send_memory": send_memory, "shards": shards}
+        return {"from": "pager", "socket": os.fspath(socket), **way}
+    if shards is not None:
+        raise ConfigError("with the delivery notify vCPUs post to a channel: shards go with uffd")
     if handshake != "latepage":
         raise ConfigError("Firecracker's handshake carries no channel: the delivery notify takes latepage's")
     if send_memory is False:
         raise ConfigError("with the delivery notify the pager fills the memory file, so it is always sent")
     return {"from": "notify", "socket": os.fspath(socket), "trap": trap, "all": notify_all}
+
+
+def parse_shards(text: str) -> Shards:
+    """A number of shards, or `auto`, as a command line has it."""
+    try:
+        return "auto" if text == "auto" else int(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is no number of shards: give 1 to 64, or auto") from None
 
 
 def default_name() -> str:
