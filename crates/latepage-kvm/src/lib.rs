@@ -27,6 +27,7 @@
 pub mod api;
 mod config;
 mod control;
+pub mod crowd;
 mod error;
 mod event;
 mod expectation;

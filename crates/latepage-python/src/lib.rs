@@ -5,6 +5,7 @@
 
 mod callback;
 mod check;
+mod crowd;
 mod errors;
 mod events;
 mod pager;
@@ -46,6 +47,7 @@ mod _core {
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
         super::vm::register(module)?;
         super::check::register(module)?;
+        super::crowd::register(module)?;
         module.add("__version__", env!("CARGO_PKG_VERSION"))?;
         module.add("LATENCY_BOUNDS", super::stats::bounds())?;
         module.add("PAGE_STATES", PAGE_STATES.to_vec())
