@@ -1,5 +1,6 @@
 """What a bench makes of what it measured, and what it says where a machine lacks something."""
 
+import itertools
 import json
 import os
 import shutil
@@ -243,6 +244,28 @@ def test_figures_become_a_picture(kind: str, tmp_path: Path) -> None:
     figures = [a_figure(), a_figure(peer="C spinning", bound=None), a_figure(way="auto", ratio=0.0)]
     draw("faults", "how long", figures, tmp_path / f"faults.{kind}")
     assert (tmp_path / f"faults.{kind}").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("kind", ["svg", "png"])
+def test_rates_become_a_picture_with_a_line_for_each_way(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from latepage.bench.curves import draw_rates
+
+    curves = {"uffd": {1: 11.0, 64: 100.0, 1024: 12.0}, "C, in the thread": {1: 160.0, 64: 290.0}, "exit": {1: 0.0, 64: 200.0}}
+    path = tmp_path / f"scale.{kind}"
+    draw_rates("scale", "pages a second", curves, path)
+    assert path.stat().st_size > 1000
+    if kind == "svg":
+        assert all(f">{name}<" in path.read_text() for name in curves)
+
+
+def test_names_at_the_ends_of_lines_do_not_lie_on_each_other() -> None:
+    from latepage.bench.curves import _apart
+
+    ends = [("a", "", 100.0), ("b", "", 1.0), ("c", "", 99.0)]
+    names, places = _apart(ends, (1.0, 100.0))
+    assert [name for name, _, _ in names] == ["b", "c", "a"]
+    assert all(above - below >= 0.04 for below, above in itertools.pairwise(places))
 
 
 def test_one_that_fails_does_not_keep_the_others_from_their_figures(

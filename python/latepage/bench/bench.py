@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+from rich.console import RenderableType
+
 from latepage.bench.processes import ask
 from latepage.bench.programs import Programs
 from latepage.bench.rounds import Rounds, Way, in_turns
@@ -25,6 +27,8 @@ class Bench:
         tell: is told the share of the question that is done, and what is being measured.
         say: is told what a reader of the figures must know.
         left_out: what was left out, and why.
+        picture: draws the question in its own manner, given a path; None where figures as lines of ratios say it all.
+        more: what is printed below the figures.
         programs: the C programs.
     """
 
@@ -34,6 +38,8 @@ class Bench:
     tell: Callable[[float, str], None] = lambda _share, _what: None
     say: Callable[[str], None] = lambda _line: None
     left_out: list[str] = field(default_factory=list)
+    picture: Callable[[Path], None] | None = None
+    more: list[RenderableType] = field(default_factory=list)
     programs: Programs = field(init=False)
     _files: dict[int, Path] = field(default_factory=dict)
     _sockets: int = 0

@@ -42,6 +42,7 @@ QUESTIONS: Mapping[str, Question] = {
         Question("faults", "how long a guest's thread waits for one page of 4 KiB, by install and by placement"),
         Question("populate", "how fast background population fills an idle VM"),
         Question("restore", "how soon a restored guest has touched a tenth of its memory, or all of it"),
+        Question("scale", "pages a second, CPU a fault and waits, with up to a thousand threads that fault, by delivery"),
         Question("sessions", "what up to a thousand VMs in one pager cost: CPU a fault, memory, CPU while idle"),
         Question("fairness", "what a quiet VM's faults wait beside a neighbour that faults as fast as it can"),
         Question("handshake", "how soon a VM that connects has its first page, alone and among a thousand"),

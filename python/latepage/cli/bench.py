@@ -5,7 +5,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -101,25 +101,32 @@ def _ask(question: Question, rounds: int | None, output: Path | None, *, quick: 
         def say(line: str) -> None:
             console.print(f"latepage bench: {line}", highlight=False, markup=False, soft_wrap=True)
 
+        bench = Bench(Path(folder), rounds=rounds, quick=quick, tell=tell, say=say)
         try:
-            figures = question.measure(Bench(Path(folder), rounds=rounds, quick=quick, tell=tell, say=say))
+            figures = question.measure(bench)
         except LackingError as why:
             say(f"left out: {question.name}: {why}")
             return []
         except LatepageError as error:
             say(f"{question.name}: {error}")
             return None
-    show(question.name, question.asks, figures, Console(width=None if sys.stdout.isatty() else 160))
+    printed = Console(width=None if sys.stdout.isatty() else 160)
+    show(question.name, question.asks, figures, printed)
+    for each in bench.more:
+        printed.print(each)
     if output is not None and figures:
-        _draw(question, figures, output / f"{question.name}.svg", console)
+        _draw(question, figures, output / f"{question.name}.svg", bench.picture, console)
     return figures
 
 
-def _draw(question: Question, figures: list[Figure], path: Path, console: Console) -> None:
+def _draw(question: Question, figures: list[Figure], path: Path, own: Callable[[Path], None] | None, console: Console) -> None:
     from latepage.bench.drawing import draw
 
     try:
-        draw(question.name, question.asks, figures, path)
+        if own is None:
+            draw(question.name, question.asks, figures, path)
+        else:
+            own(path)
     except LatepageError as error:
         console.print(f"no picture: {error}", style="yellow", markup=False)
     else:
