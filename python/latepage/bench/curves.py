@@ -7,7 +7,7 @@ from typing import Any
 
 from latepage.observe.picture import FAINT, INK, MUTED, heading, picture
 
-__all__ = ["Curves", "draw_rates", "plot"]
+__all__ = ["Curves", "colour_of", "draw_rates", "plot"]
 
 Curves = Mapping[str, Mapping[int, float]]
 """By way, pages a second in thousands by the number of threads."""
@@ -35,16 +35,25 @@ def draw_rates(title: str, subtitle: str, curves: Curves, path: Path) -> None:
         axes.set_ylabel("thousand pages a second")
 
 
-def plot(axes: Any, curves: Curves, below: str, *, named: bool = True) -> None:
+def plot(
+    axes: Any,
+    curves: Curves,
+    below: str,
+    *,
+    named: bool = True,
+    dots: bool = True,
+    limits: tuple[float, float] | None = None,
+) -> None:
     """Puts lines into axes: both scales logarithmic, each line's name at its right end."""
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     counts = sorted({count for line in curves.values() for count in line})
     axes.set_xticks(counts, [f"{count:,}" for count in counts])
     values = [value for line in curves.values() for value in line.values() if value > 0]
-    ticks = [tick for tick in _ticks() if min(values) / 1.5 <= tick <= max(values) * 1.5]
+    low, high = limits or (min(values), max(values))
+    ticks = [tick for tick in _ticks() if low / 1.5 <= tick <= high * 1.5]
     axes.set_yticks(ticks, [f"{tick:,}" for tick in ticks])
-    axes.set_ylim(min(values) / 1.5, max(values) * 1.5)
+    axes.set_ylim(low / 1.5, high * 1.5)
     axes.minorticks_off()
     axes.tick_params(length=0)
     axes.grid(color=FAINT, lw=0.8)
@@ -53,10 +62,10 @@ def plot(axes: Any, curves: Curves, below: str, *, named: bool = True) -> None:
     ends: list[End] = []
     for name, line in curves.items():
         across = sorted(line)
-        colour, theirs = _colour(name), name.startswith("C,")
+        colour, theirs = colour_of(name), name.startswith("C,")
         heights = [line[count] for count in across]
         width, stroke, dot = (1.2, "--", 3) if theirs else (2.2, "-", 5)
-        axes.plot(across, heights, color=colour, lw=width, ls=stroke, marker="o", ms=dot)
+        axes.plot(across, heights, color=colour, lw=width, ls=stroke, marker="o" if dots else "", ms=dot)
         ends.append((name, colour, heights[-1]))
     if named:
         for (name, colour, _), place in zip(*_apart(ends, axes.get_ylim()), strict=True):
@@ -82,7 +91,8 @@ def _ticks() -> list[int]:
     return [digit * 10**power for power in range(6) for digit in (1, 2, 5)]
 
 
-def _colour(name: str) -> str:
+def colour_of(name: str) -> str:
+    """The colour of a way's line."""
     words = {"C, one userfaultfd": "uffd", "C, in the thread": "exit", "C, plain channel": "notify"}.get(name, name)
     kind = "sharded" if "shard" in words else next((kind for kind in COLOURS if kind in words), "")
     return COLOURS.get(kind, MUTED)

@@ -43,6 +43,9 @@ QUESTIONS: Mapping[str, Question] = {
         Question("populate", "how fast background population fills an idle VM"),
         Question("restore", "how soon a restored guest has touched a tenth of its memory, or all of it"),
         Question("scale", "pages a second, CPU a fault and waits, with up to a thousand threads that fault, by delivery"),
+        Question(
+            "model", "pages a second that a model foretells for many vCPUs and cores, beside what is known; the ratio is its miss"
+        ),
         Question("sessions", "what up to a thousand VMs in one pager cost: CPU a fault, memory, CPU while idle"),
         Question("fairness", "what a quiet VM's faults wait beside a neighbour that faults as fast as it can"),
         Question("handshake", "how soon a VM that connects has its first page, alone and among a thousand"),
