@@ -52,6 +52,28 @@ fn what_is_posted_is_taken_once_and_completed_for_all_who_asked_for_a_page_of_th
 }
 
 #[test]
+fn whoever_posts_again_and_again_is_not_ahead_of_those_who_wait_already() {
+    let channel = Channel::new(200, 64).unwrap();
+    let mut reader = read(&channel).unwrap();
+    let mut seats: Vec<Seat> = [0, 1, 63, 64, 199].map(|slot| channel.seat(slot).unwrap()).into();
+    for seat in &mut seats {
+        seat.post(&fault(seat.slot() % 64)).unwrap();
+    }
+    let mut order = Vec::new();
+    for _ in 0..3 {
+        let mut taken = Vec::new();
+        assert!(reader.take(2, |slot, _| taken.push(slot)));
+        reader.release(&(0..64));
+        for seat in seats.iter_mut().filter(|seat| taken.contains(&seat.slot())) {
+            assert!(matches!(seat.wait(0, Some(Duration::ZERO)), Waited::Over(Completion::Done(_))));
+            seat.post(&fault(seat.slot() % 64)).unwrap();
+        }
+        order.extend(taken);
+    }
+    assert_eq!(order, [0, 1, 63, 64, 199], "each once before one of them comes twice");
+}
+
+#[test]
 fn a_request_that_makes_no_sense_is_refused_and_handed_to_nobody() {
     let channel = Channel::new(1, 8).unwrap();
     let mut reader = read(&channel).unwrap();

@@ -91,7 +91,9 @@ impl<S: Shared> Reader<S> {
         while let Some((slot, number, pages)) = self.removals.pop() {
             self.complete(slot, number, &Completion::Done(pages));
         }
-        if !self.gather() {
+        // What was found is handed out before anything is looked for: otherwise the first slots, whose owners post again at once, would
+        // always be ahead of the last ones.
+        if self.top == 0 && !self.gather() {
             self.arm();
             if !self.gather() {
                 return false;
