@@ -156,7 +156,9 @@ impl Notify {
             vcpus,
         };
         let desks = (0..vcpus + BESIDE).map(|_| Desk::default()).collect();
-        let side = Arc::new(Side { handover, view, attributes, desks });
+        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        let spins = seat::spins(vcpus, cores);
+        let side = Arc::new(Side { handover, view, attributes, desks, spins });
         let link = Link::connect(&config.socket, &side)?;
         let clerk = Mutex::new(seat::Seat::take(&side, vcpus + CLERK).expect("nobody has taken it"));
         let forwarders = Mutex::default();

@@ -20,6 +20,13 @@ use crate::trap::Attributes;
 
 /// How often a thread looks at its slot before it sleeps there: some microseconds, in which a pager that is awake may have answered.
 const SPINS: u32 = 200;
+
+/// How often, where so many vCPUs run on so many cores: it only pays where they and the pager have a core each. Elsewhere the core is
+/// somebody else's who waits for it, the pager's perhaps (`docs/performance.md`).
+pub(super) fn spins(vcpus: u32, cores: usize) -> u32 {
+    if (vcpus as usize) < cores { SPINS } else { 0 }
+}
+
 /// How long it sleeps before it looks whether it is to leave. The signal of a pause may come just before it falls asleep.
 const LOOK: Duration = Duration::from_millis(100);
 
@@ -31,6 +38,8 @@ pub(super) struct Side {
     /// The trap that only this process can disarm.
     pub(super) attributes: Option<Arc<Attributes>>,
     pub(super) desks: Box<[Desk]>,
+    /// How often a thread looks at its slot before it sleeps.
+    pub(super) spins: u32,
 }
 
 /// What one thread has to itself: a cache line, so that no two share one.
@@ -109,7 +118,7 @@ impl Seat {
             self.desk().posted.add(1);
         }
         let came = loop {
-            match self.posts.wait(SPINS, leave.map(|_| LOOK)) {
+            match self.posts.wait(self.side.spins, leave.map(|_| LOOK)) {
                 Waited::Over(Completion::Done(pages)) => break Ok(pages),
                 Waited::Over(Completion::Failed) => break Err(Missing::Failed),
                 Waited::Over(Completion::Refused) => break Err(Missing::Refused),
@@ -160,7 +169,7 @@ impl Seat {
         }
         self.desk().removed.add(1);
         loop {
-            match self.posts.wait(SPINS, Some(LOOK)) {
+            match self.posts.wait(self.side.spins, Some(LOOK)) {
                 Waited::Over(Completion::Done(_)) => return Ok(()),
                 Waited::Over(_) => return refused("the pager refused it"),
                 Waited::Garbled => return refused("the pager wrote an answer to nothing that was asked"),
@@ -268,5 +277,16 @@ impl supply::Seat for Seat {
         let Some(page) = self.side.handover.layout.find_hva(address) else { return false };
         self.desk().exits.add(1);
         self.bring(page, None).is_ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_would_keep_the_pager_from_its_core_sleeps_at_once() {
+        assert_eq!([spins(1, 2), spins(63, 64)], [SPINS, SPINS]);
+        assert_eq!([spins(1, 1), spins(2, 2), spins(64, 2)], [0, 0, 0]);
     }
 }
