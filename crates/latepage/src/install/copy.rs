@@ -35,10 +35,8 @@ impl Install for CopyInstall {
 
     fn fill_window(&self, layout: &Layout, first: u32, contents: Window<'_>) -> Outcome {
         let place = layout.place(first);
-        if place.page_size == PageSize::Huge {
-            // The kernel copies a huge page in one step where it finds all of it mapped, and else begins anew, twelve times slower.
-            contents.map_in();
-        }
+        // The kernel copies a huge page in one step where it finds all of it mapped, and else begins anew, twelve times slower.
+        let contents = if place.page_size == PageSize::Huge { contents.map_in() } else { contents };
         let copied = self.uffd.copy_window(place.hva, contents, InstallMode::empty());
         absent(Outcome::new(copied, place.page_size.bytes()), place.page_size)
     }

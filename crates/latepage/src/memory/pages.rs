@@ -134,16 +134,16 @@ impl Pages {
         self.step(page, Step::Fail)
     }
 
-    /// The first run of absent pages in `from..limit`, empty (at `limit`) where there is none.
+    /// The first run of absent pages in `from..limit`, empty (at `limit`) where there is none; the first `most` of it, if it is longer.
     ///
     /// A hint: pages may be claimed before the caller does. `limit` beyond the table means its end.
-    pub fn absent_run(&self, from: u32, limit: u32) -> Range<u32> {
+    pub fn absent_run(&self, from: u32, limit: u32, most: u32) -> Range<u32> {
         let limit = limit.min(self.len());
         let from = from.min(limit);
         let rest = &self.states()[from as usize..limit as usize];
         let is_absent = |byte: &AtomicU8| peek(byte) == PageState::Absent;
         let skipped = rest.iter().take_while(|byte| !is_absent(byte)).count();
-        let run = rest[skipped..].iter().take_while(|byte| is_absent(byte)).count();
+        let run = rest[skipped..].iter().take(most as usize).take_while(|byte| is_absent(byte)).count();
         let start = from + skipped as u32;
         start..start + run as u32
     }

@@ -106,7 +106,7 @@ mod the_page_table {
         let pages = Pages::new(1000);
         assert_eq!(pages.count(), [1000, 0, 0, 0, 0, 0, 0]);
         assert_eq!(pages.lacking(), 1000);
-        assert_eq!(pages.absent_run(0, u32::MAX), 0..1000);
+        assert_eq!(pages.absent_run(0, u32::MAX, u32::MAX), 0..1000);
         assert!(Pages::new(0).is_empty());
     }
 
@@ -152,19 +152,20 @@ mod the_page_table {
             taken in prop::collection::vec(any::<bool>(), 0..40),
             from in 0..45_u32,
             limit in 0..45_u32,
+            most in 1..45_u32,
         ) {
             let pages = Pages::new(taken.len() as u32);
             for (page, _) in taken.iter().enumerate().filter(|(_, taken)| **taken) {
                 pages.claim(page as u32);
             }
-            let run = pages.absent_run(from, limit);
+            let run = pages.absent_run(from, limit, most);
             let end = limit.min(pages.len());
             let absent = |page: &u32| !taken[*page as usize];
             match (from..end).find(absent) {
                 None => prop_assert!(run.is_empty()),
                 Some(first) => {
                     let after = (first..end).find(|page| !absent(page)).unwrap_or(end);
-                    prop_assert_eq!(run, first..after);
+                    prop_assert_eq!(run, first..after.min(first + most));
                 }
             }
         }

@@ -215,7 +215,7 @@ mod tests {
                 pages.filled(page);
                 pages.settle(page);
                 pages.remove(page);
-                assert!(pages.take_over() <= 64 && pages.absent_run(page, 64).end <= 64);
+                assert!(pages.take_over() <= 64 && pages.absent_run(page, 64, 64).end <= 64);
             }
             over.store(true, std::sync::atomic::Ordering::Relaxed);
         });

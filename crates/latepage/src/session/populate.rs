@@ -18,6 +18,8 @@ use crate::sys::mapping::Window;
 const READ: u64 = 1 << 20;
 /// Taken at a time of what need not be read: then other sessions have their turn.
 const AT_HAND: u64 = 4 << 20;
+/// As many pages, of the smallest size.
+const MOST: u32 = (AT_HAND >> 12) as u32;
 /// Installed at a time: about what a wake-up costs, since a fault of this VM may have to wait for it. A page of 2 MiB is one slice.
 const SLICE: u64 = 128 << 10;
 /// How often a slice may be doubled while the VM has no fault: up to 512 KiB, some 150 µs.
@@ -54,7 +56,7 @@ impl Session {
         if self.end().is_some() {
             return Sliced::Done;
         }
-        let absent = self.pages.absent_run(range.start, range.end);
+        let absent = self.pages.absent_run(range.start, range.end, MOST);
         if absent.is_empty() {
             return Sliced::Done;
         }
@@ -97,10 +99,7 @@ impl Session {
     ) -> Option<Sliced> {
         let (offset, length) = (self.layout.place(first).offset, pages as usize * unit as usize);
         let (contents, bytes) = match at_hand(&*self.source, offset, length, unit as usize)? {
-            AtHand::Contents(window) => {
-                window.map_in();
-                (Contents::Window(window), window.len() as u64)
-            }
+            AtHand::Contents(window) => (Contents::Window(window.map_in()), window.len() as u64),
             AtHand::Zero(bytes) => (Contents::Answer(Answer::Zero(bytes)), bytes),
         };
         self.install_slices(first..first + (bytes / unit) as u32, contents, unit, range, scratch)

@@ -31,6 +31,8 @@ pub(super) struct Cached {
     view: Mapping,
     /// Pages that were found in the page cache. Of all of them it is known whether they are zero.
     there: Bitmap,
+    /// Pages that have been mapped, so that no copy stops at them. Some may have been unmapped behind our back since.
+    mapped: Bitmap,
     zeros: Arc<Zeros>,
 }
 
@@ -60,7 +62,7 @@ impl Cached {
         let view = Mapping::read_only(file.fd.as_fd(), pages * PAGE as usize).ok()?;
         // What is looked at shall not draw more of a cold file into memory than was there.
         view.read_nothing_ahead().ok()?;
-        Some(Self { view, there: Bitmap::new(pages), zeros })
+        Some(Self { view, there: Bitmap::new(pages), mapped: Bitmap::new(pages), zeros })
     }
 
     /// What is at hand from `offset` on, in whole units: of `length` bytes that all are data.
@@ -74,13 +76,18 @@ impl Cached {
         }
         let there = whole(self.there.run(start..end, true));
         // It goes up to the first unit that is all zero.
-        let mut contents = step;
-        while contents < there
-            && self.zeros.zero.run(start + contents..start + contents + step, true) < start + contents + step
-        {
-            contents += step;
+        let mut contents = 0;
+        while contents < there {
+            contents = (self.zeros.zero.run(start + contents..start + there, false) - start) / step * step;
+            if self.zeros.zero.run(start + contents..start + there, true) >= start + contents + step {
+                break;
+            }
+            contents = (contents + step).min(there);
         }
-        (there > 0).then(|| AtHand::Contents(self.view.window(offset as usize, contents * PAGE as usize)))
+        (there > 0).then(|| {
+            let mapped = self.mapped.run(start..start + contents, true) == start + contents;
+            AtHand::Contents(self.view.window(offset as usize, contents * PAGE as usize).known_mapped(mapped))
+        })
     }
 
     /// Whether all of a range is there.
@@ -118,9 +125,13 @@ impl Cached {
         self.there.fill(pages, true);
     }
 
-    /// Unmaps all of it: what nobody has mapped can be evicted, by whoever wants that, and comes back page by page.
-    pub(super) fn unmap(&self) {
-        let _ = self.view.dont_need(0, self.view.len());
+    /// Unmaps a range: what nobody has mapped can be evicted, by whoever wants that, and comes back page by page.
+    pub(super) fn unmap(&self, range: Range<u64>) {
+        let (start, end) = ((range.start / PAGE) as usize, (range.end / PAGE) as usize);
+        if start < end {
+            self.mapped.fill(start..end, false);
+            let _ = self.view.dont_need(start * PAGE as usize, (end - start) * PAGE as usize);
+        }
     }
 
     /// Looks at a few pages of those that were there, spread over the file. Had one gone, nothing counts as there any more: somebody
@@ -166,17 +177,19 @@ impl Cached {
                 self.came(file, run, &mut with.bytes, &still);
             } else {
                 all = false;
-                self.there.fill(run, false);
+                self.there.fill(run.clone(), false);
+                self.mapped.fill(run, false);
             }
         }
         all
     }
 
-    /// Maps a range of what is in memory in one go.
+    /// Maps a range of what is in memory in one go, unless it has been.
     pub(super) fn map(&self, range: Range<u64>) {
-        let (start, end) = (range.start / PAGE * PAGE, range.end / PAGE * PAGE);
-        if start < end {
-            self.view.window(start as usize, (end - start) as usize).map_in();
+        let (start, end) = ((range.start / PAGE) as usize, (range.end / PAGE) as usize);
+        if start < end && self.mapped.run(start..end, true) < end {
+            let _ = self.view.window(start * PAGE as usize, (end - start) * PAGE as usize).map_in();
+            self.mapped.fill(start..end, true);
         }
     }
 

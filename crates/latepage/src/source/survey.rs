@@ -2,7 +2,6 @@
 //!
 //! It looks once when the file is opened, and again when it is asked to, which is about once a second while VMs lack memory.
 
-use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -142,25 +141,8 @@ impl Drop for Survey {
     }
 }
 
-/// Stretches that were mapped whole, so that no install stops at a page that is in memory and not mapped.
-struct Mapped(Vec<bool>);
-
-impl Mapped {
-    fn none(of: &Surveyed) -> Self {
-        Self(vec![false; of.file.size.div_ceil(STRETCH) as usize])
-    }
-
-    /// Maps a part of one stretch, unless that stretch has been.
-    fn map(&mut self, of: &Surveyed, part: Range<u64>) {
-        if !std::mem::replace(&mut self.0[(part.start / STRETCH) as usize], true) {
-            of.cached.map(part);
-        }
-    }
-}
-
 fn keep(shared: &Shared, of: &Surveyed) {
     let mut with = Looking::new();
-    let mut mapped = Mapped::none(of);
     let (mut from, mut first) = (0, true);
     loop {
         let mut wish = shared.wish();
@@ -189,14 +171,13 @@ fn keep(shared: &Shared, of: &Surveyed) {
         drop(wish);
         if look {
             let deadline = (!first).then(|| Instant::now() + AT_A_TIME);
-            from = walk(shared, of, from, deadline, &mut with, &mut mapped);
+            from = walk(shared, of, from, deadline, &mut with);
             first = false;
             if !shared.looked.swap(true, Ordering::AcqRel) {
                 of.keeping.keep();
             }
         } else {
-            of.cached.unmap();
-            mapped = Mapped::none(of);
+            of.cached.unmap(0..of.file.size);
             of.keeping.keep();
         }
         let mut wish = shared.wish();
@@ -207,14 +188,7 @@ fn keep(shared: &Shared, of: &Surveyed) {
 }
 
 /// Looks at the file from an offset on, around its end, and back to where it began, unless the time is over. Returns where to go on.
-fn walk(
-    shared: &Shared,
-    of: &Surveyed,
-    from: u64,
-    deadline: Option<Instant>,
-    with: &mut Looking,
-    mapped: &mut Mapped,
-) -> u64 {
+fn walk(shared: &Shared, of: &Surveyed, from: u64, deadline: Option<Instant>, with: &mut Looking) -> u64 {
     let still = || of.trust.is_leased();
     for (start, end) in [(from, of.file.size), (0, from)] {
         let mut at = start;
@@ -227,9 +201,9 @@ fn walk(
             let (ended, serving) = (wish.ended, wish.serving);
             drop(wish);
             if serving && all_there {
-                mapped.map(of, stretch);
+                of.cached.map(stretch);
             } else if !serving {
-                of.cached.unmap();
+                of.cached.unmap(stretch);
             }
             if ended || deadline.is_some_and(|deadline| Instant::now() >= deadline) {
                 return at;

@@ -47,6 +47,39 @@ fn what_is_in_memory_is_lent_as_it_is_and_zero_pages_among_it_are_named() {
 }
 
 #[test]
+fn what_is_mapped_for_vms_is_known_to_be_until_nobody_is_served() {
+    let scrap = Scrap::numbered(64);
+    let Some(source) = surveyed(&scrap) else { return };
+    let mapped = |page: usize, pages| match source.at_hand((page * PAGE) as u64, pages * PAGE, PAGE) {
+        Some(AtHand::Contents(window)) => window.is_known_mapped() && window.part(0..PAGE).is_known_mapped(),
+        other => panic!("{other:?}"),
+    };
+    assert!(!mapped(0, 64), "nobody is served");
+    source.admit(&layout(64 * PAGE as u64)).unwrap();
+    source.wait_surveyed();
+    assert!(mapped(0, 64) && mapped(63, 1));
+    source.idle();
+    while mapped(0, 1) {
+        thread::yield_now();
+    }
+    assert!(!mapped(63, 1));
+}
+
+#[test]
+fn a_window_of_huge_units_ends_at_one_that_is_all_zero_and_at_no_zero_page() {
+    let mut contents = vec![7; 4 * HUGE];
+    contents[HUGE + 5 * PAGE..HUGE + 9 * PAGE].fill(0);
+    contents[HUGE - PAGE..HUGE].fill(0);
+    contents[3 * HUGE..].fill(0);
+    let scrap = Scrap::file(&contents);
+    let Some(source) = surveyed(&scrap) else { return };
+    let at = |huge: usize, units| source.at_hand((huge * HUGE) as u64, units * HUGE, HUGE);
+    assert!(matches!(at(0, 4), Some(AtHand::Contents(window)) if window.len() == 3 * HUGE));
+    assert!(matches!(at(0, 2), Some(AtHand::Contents(window)) if window.len() == 2 * HUGE));
+    assert!(matches!(at(3, 1), Some(AtHand::Zero(bytes)) if bytes == HUGE as u64));
+}
+
+#[test]
 fn holes_are_at_hand_and_units_that_are_part_hole_are_not() {
     let scrap = Scrap::path();
     let file = File::create(&scrap).unwrap();
