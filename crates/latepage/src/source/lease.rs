@@ -21,10 +21,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
+use rustix::time::{ClockId, clock_gettime};
 
 use crate::sys::lease::{self, Breaks};
 
@@ -78,8 +79,7 @@ impl Trust {
 #[derive(Debug)]
 struct Watch {
     file: Arc<Opened>,
-    started: Instant,
-    /// Nanoseconds after `started` up to which reads are trusted; or NEVER, RENEWING, CLOSED.
+    /// Nanoseconds of the [clock](Watch::now) up to which reads are trusted; or NEVER, RENEWING, CLOSED.
     trusted_until: AtomicU64,
     /// From a look that found the lease whole, how long reads are trusted.
     allowance: Duration,
@@ -123,7 +123,6 @@ impl Guard {
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let watch = Arc::new(Watch {
             file,
-            started: Instant::now(),
             trusted_until: AtomicU64::new(NEVER),
             allowance,
             ward: Mutex::new(Ward {
@@ -242,8 +241,11 @@ impl Watch {
         let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
     }
 
+    /// The kernel's coarse clock, in ns: some milliseconds behind, as are the timers by which it lets a writer in, and far less than the
+    /// margin of an allowance. It is looked at twice a fault, and the exact one takes five times as long.
     fn now(&self) -> u64 {
-        self.started.elapsed().as_nanos() as u64
+        let now = clock_gettime(ClockId::MonotonicCoarse);
+        now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
     }
 
     fn readable(&self) -> Readable {

@@ -497,9 +497,21 @@ impl Userfaultfd {
     /// With RWF_NOWAIT: O_NONBLOCK belongs to the open file, which the sender of the descriptor shares and may change.
     fn read_messages(&self, into: &mut [abi::Msg], flags: libc::c_int) -> Result<usize, Errno> {
         let room = libc::iovec { iov_base: into.as_mut_ptr().cast(), iov_len: size_of_val(into) };
-        // SAFETY: `room` spans `into`, which is ours alone for the call, and any bit pattern is a valid `Msg`. Offset -1 reads
-        // as read(2) does.
-        let read = unsafe { libc::preadv2(self.fd.as_raw_fd(), &room, 1, -1, flags) };
+        // Not by glibc's wrapper: preadv2 is a point of cancellation there, which two atomic steps a call guard in a process of several
+        // threads, and nobody cancels ours.
+        // SAFETY: `room` spans `into`, which is ours alone for the call, and any bit pattern is a valid `Msg`. Offset -1, in two halves
+        // of a register each, reads as read(2) does.
+        let read = unsafe {
+            libc::syscall(
+                libc::SYS_preadv2,
+                self.fd.as_raw_fd(),
+                &raw const room,
+                1_usize,
+                -1_isize,
+                -1_isize,
+                flags,
+            )
+        };
         usize::try_from(read).map_err(|_| last_errno())
     }
 
