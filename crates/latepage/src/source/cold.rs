@@ -279,7 +279,7 @@ mod tests {
         drop(file);
         let opened = Arc::new(Opened::open(path.clone()).unwrap());
         let extents = Arc::new(Extents::find(opened.fd.as_fd(), opened.size).unwrap());
-        let guard = Guard::new(Arc::clone(&opened)).unwrap();
+        let guard = Guard::new(Arc::clone(&opened));
         let cold = Cold::new(opened, extents, None, guard.trust());
         cold.populating(0);
         while (0..4).any(|stretch| cold.is_coming(stretch * STRETCH)) {

@@ -53,7 +53,7 @@ impl FileSource {
 
     pub(super) fn open_with(
         path: PathBuf,
-        guard: impl FnOnce(Arc<Opened>) -> Result<Guard, Errno>,
+        guard: impl FnOnce(Arc<Opened>) -> Guard,
         zero_maps: Option<&Path>,
     ) -> Result<Self, SourceError> {
         let opened = Opened::open(path)?;
@@ -67,8 +67,7 @@ impl FileSource {
         };
         let opened = Arc::new(opened);
         // The lease first: the holes are those of a file that nobody writes.
-        let guard = guard(Arc::clone(&opened))
-            .map_err(|errno| SourceError::Unreadable { path: opened.path.clone(), errno })?;
+        let guard = guard(Arc::clone(&opened));
         if let Some(how) = opened.difference() {
             return Err(SourceError::Changed { path: opened.path.clone(), how });
         }

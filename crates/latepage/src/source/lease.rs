@@ -15,7 +15,7 @@
 //! stopped for a minute; and then they do not fail either, but look for themselves.
 
 use std::fs;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
@@ -23,7 +23,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 use rustix::time::{ClockId, clock_gettime};
 
@@ -84,8 +83,6 @@ struct Watch {
     /// From a look that found the lease whole, how long reads are trusted.
     allowance: Duration,
     ward: Mutex<Ward>,
-    /// Readable when the thread shall look at `ward`.
-    wake: OwnedFd,
 }
 
 /// What changes rarely, and never on the path of a fault.
@@ -111,16 +108,12 @@ enum Standing {
 
 impl Guard {
     /// Takes a lease if it can, and begins to watch.
-    ///
-    /// # Errors
-    /// What eventfd(2) said: this process can open no more descriptors.
-    pub(super) fn new(file: Arc<Opened>) -> Result<Self, Errno> {
+    pub(super) fn new(file: Arc<Opened>) -> Self {
         Self::with_allowance(file, allowance())
     }
 
     /// The same, trusting a lease for that long instead of nearly as long as the kernel does.
-    pub(super) fn with_allowance(file: Arc<Opened>, allowance: Duration) -> Result<Self, Errno> {
-        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+    pub(super) fn with_allowance(file: Arc<Opened>, allowance: Duration) -> Self {
         let watch = Arc::new(Watch {
             file,
             trusted_until: AtomicU64::new(NEVER),
@@ -132,7 +125,6 @@ impl Guard {
                 ended: false,
                 notices: Vec::new(),
             }),
-            wake,
         });
         let granted = start(&watch);
         let mut guard = Self { watch, thread: None };
@@ -142,7 +134,7 @@ impl Guard {
                 guard.watch.ward().notices.push(SourceNotice::NoLease { path: guard.watch.path(), why });
             }
         }
-        Ok(guard)
+        guard
     }
 
     /// Whether what has been read by now is the snapshot's. Takes no lock.
@@ -208,7 +200,7 @@ impl Guard {
     pub(super) fn filled(&self) {
         let before = std::mem::replace(&mut self.watch.ward().filled, true);
         if !before {
-            self.watch.wake();
+            self.wake();
         }
     }
 
@@ -219,10 +211,17 @@ impl Guard {
     }
 }
 
+impl Guard {
+    /// Has the thread look at the ward.
+    fn wake(&self) {
+        self.thread.iter().for_each(lease::wake);
+    }
+}
+
 impl Drop for Guard {
     fn drop(&mut self) {
         self.watch.ward().ended = true;
-        self.watch.wake();
+        self.wake();
         if let Some(thread) = self.thread.take() {
             // It ends as soon as it is woken; had it panicked, there is nobody to tell.
             let _ = thread.join();
@@ -234,11 +233,6 @@ impl Watch {
     fn ward(&self) -> MutexGuard<'_, Ward> {
         // Each change of a ward is a single assignment: a panic in between leaves none half done.
         self.ward.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn wake(&self) {
-        // It can only be full, and then it is readable already.
-        let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
     }
 
     /// The kernel's coarse clock, in ns: some milliseconds behind, as are the timers by which it lets a writer in, and far less than the
@@ -350,13 +344,8 @@ fn keep(watch: &Watch, tell: &SyncSender<Result<(), Errno>>) {
     };
     let _ = tell.send(Ok(()));
     while let Some(patience) = step(watch, &breaks) {
-        let timeout =
-            Timespec { tv_sec: patience.as_secs() as i64, tv_nsec: i64::from(patience.subsec_nanos()) };
-        let mut polled = [PollFd::new(&breaks, PollFlags::IN), PollFd::new(&watch.wake, PollFlags::IN)];
-        // Interrupted, timed out or ready: each time we look at everything.
-        let _ = poll(&mut polled, Some(&timeout));
-        breaks.drain();
-        let _ = rustix::io::read(&watch.wake, &mut [0; 8]);
+        // Woken, timed out or told: each time we look at everything.
+        breaks.wait(patience);
     }
     // The lease goes with the last descriptor of the file, but a writer need not wait for that.
     let _ = lease::release(fd);

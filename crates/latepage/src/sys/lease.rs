@@ -1,13 +1,17 @@
 //! Read leases (fcntl(2), F_SETLEASE): the kernel holds back who opens a file for writing, or truncates it, until we let go.
 //!
 //! A lease that is being broken raises SIGIO, whose default is to end the process. So it is sent to one thread only
-//! (F_OWNER_TID), which has it blocked and takes it from a descriptor; no handler of the process is touched.
+//! (F_OWNER_TID), which has it blocked and waits for it; no handler of the process is touched. It waits by sigtimedwait(2): a
+//! signalfd wakes its poller at every signal to any thread of the process, and where faults are signals that would be every fault.
 //!
 //! Numbers from `include/uapi/asm-generic/fcntl.h`.
 
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::unix::thread::JoinHandleExt;
+use std::thread::JoinHandle;
+use std::time::Duration;
 
 use rustix::io::Errno;
 
@@ -23,18 +27,17 @@ struct OwnerEx {
 const _: () = assert!(size_of::<OwnerEx>() == 8);
 
 /// The breaking of leases, as one thread is told of it. It stays on the thread that made it.
-#[derive(Debug)]
 pub struct Breaks {
-    signals: OwnedFd,
+    signals: libc::sigset_t,
     /// The signal is blocked for the thread that made it, and sent to no other.
     thread: PhantomData<*const ()>,
 }
 
 impl Breaks {
-    /// Blocks SIGIO for the calling thread, for good, and opens a descriptor that is readable when one is pending.
+    /// Blocks SIGIO for the calling thread, for good.
     ///
     /// # Errors
-    /// What signalfd(2) said.
+    /// What pthread_sigmask(3) said.
     pub fn on_this_thread() -> Result<Self, Errno> {
         let mut set = MaybeUninit::<libc::sigset_t>::uninit();
         // SAFETY: `set` is writable and as long as the call expects.
@@ -48,15 +51,10 @@ impl Breaks {
         if result != 0 {
             return Err(Errno::from_raw_os_error(result));
         }
-        // SAFETY: `set` is initialized; -1 asks for a new descriptor.
-        let fd =
-            check(unsafe { libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK) })?;
-        // SAFETY: the call has just made it, and nobody else knows it.
-        let signals = unsafe { OwnedFd::from_raw_fd(fd) };
-        Ok(Self { signals, thread: PhantomData })
+        Ok(Self { signals: set, thread: PhantomData })
     }
 
-    /// Takes a read lease. From then on this thread's descriptor is readable when somebody wants to write.
+    /// Takes a read lease. From then on [`wait`](Self::wait) ends when somebody wants to write.
     ///
     /// # Errors
     /// `AGAIN`: it is open for writing somewhere. `ACCESS`: another user's file, and no CAP_LEASE. `INVAL`: the file system
@@ -68,17 +66,30 @@ impl Breaks {
         set(file, libc::F_RDLCK)
     }
 
-    /// Takes the pending signals away, so that the descriptor waits for the next one.
-    pub fn drain(&self) {
-        let mut record = [0; size_of::<libc::signalfd_siginfo>()];
-        while rustix::io::read(&self.signals, &mut record).is_ok() {}
+    /// Waits until somebody wants to write, another thread [`wake`]s this one, or the time is over; or ends for no reason.
+    pub fn wait(&self, timeout: Duration) {
+        let timeout = libc::timespec {
+            tv_sec: libc::time_t::try_from(timeout.as_secs()).unwrap_or(libc::time_t::MAX),
+            tv_nsec: timeout.subsec_nanos().into(),
+        };
+        // SAFETY: both are initialized and outlive the call; a null siginfo is allowed.
+        let _ =
+            unsafe { libc::sigtimedwait(&raw const self.signals, std::ptr::null_mut(), &raw const timeout) };
     }
 }
 
-impl AsFd for Breaks {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.signals.as_fd()
+impl std::fmt::Debug for Breaks {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_struct("Breaks").finish_non_exhaustive()
     }
+}
+
+/// Ends the [`wait`](Breaks::wait) of a thread that has [`Breaks`], or its next one.
+///
+/// A thread that has ended is not joined before its handle is gone: so it can be no other one that gets the signal.
+pub fn wake<T>(thread: &JoinHandle<T>) {
+    // SAFETY: the handle keeps the thread's name valid, and the signal is blocked there until its end.
+    let _ = unsafe { libc::pthread_kill(thread.as_pthread_t(), libc::SIGIO) };
 }
 
 /// Whether our lease stands: held, and nobody asks for it.
