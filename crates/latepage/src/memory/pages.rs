@@ -175,17 +175,31 @@ impl Pages {
         let mut owed = u64::from(self.len());
         let mut at = 0;
         while let Some((from, to)) = self.written(at) {
-            for page in from..to {
-                let mut state = self.state(page);
+            at = from;
+            while at < to {
+                let (mut state, pages) =
+                    self.eight(at).map_or_else(|| (self.state(at), 1), |state| (state, 8));
                 if matches!(state, PageState::InFlight | PageState::Clearing) {
-                    self.abandon(page);
-                    state = self.state(page);
+                    for page in at..at + pages {
+                        self.abandon(page);
+                    }
+                    state = self.state(at);
                 }
-                owed -= u64::from(!state.is_lacking());
+                owed -= if state.is_lacking() { 0 } else { u64::from(pages) };
+                at += pages;
             }
-            at = to;
         }
         owed
+    }
+
+    /// The state of the eight pages from `page` on, where all of them are in one and can be looked at together.
+    #[cfg_attr(loom, allow(unused_variables, reason = "a table of one's own is looked at page by page"))]
+    fn eight(&self, page: u32) -> Option<PageState> {
+        match &self.states {
+            States::Own(_) => None,
+            #[cfg(not(loom))]
+            States::Handed(table) => table.eight(page).map(PageState::of),
+        }
     }
 
     /// The pages from `page` on that may be other than absent, up to some that are not.

@@ -70,6 +70,17 @@ impl PageTable {
         self.mapping.bytes(self.pages as usize)
     }
 
+    /// The byte of the eight pages from `page` on, where it is the same of all of them: most pages are as their neighbours. For a walk
+    /// before anybody of this process takes a step.
+    pub(super) fn eight(&self, page: u32) -> Option<u8> {
+        if !page.is_multiple_of(8) || self.pages - page < 8 {
+            return None;
+        }
+        let word = self.mapping.load(page as usize);
+        let byte = word as u8;
+        (word == u64::from_ne_bytes([byte; 8])).then_some(byte)
+    }
+
     /// The first page from `page` on that somebody has ever written to, as far as the file tells, and one past the last that follows
     /// it; `None` where all of them are absent. Looking at the others would only give them memory.
     pub(super) fn written(&self, page: u32) -> Option<(u32, u32)> {
@@ -168,6 +179,21 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn every_page_is_taken_over_as_it_would_be_alone(
+            runs in prop::collection::vec((prop::sample::select(&PageState::ALL[..]), 1..20_usize), 1..12),
+        ) {
+            let before: Vec<PageState> =
+                runs.into_iter().flat_map(|(state, pages)| std::iter::repeat_n(state, pages)).collect();
+            let (_file, pages) = holding(&before.iter().map(|state| *state as u8).collect::<Vec<_>>());
+            let owed = pages.take_over();
+            let expected: Vec<_> =
+                before.iter().map(|state| Step::Abandon.from(*state).unwrap_or(*state)).collect();
+            let now: Vec<_> = (0..pages.len()).map(|page| pages.state(page)).collect();
+            prop_assert_eq!(&now, &expected);
+            prop_assert_eq!(owed, pages.lacking());
+        }
+
         #[test]
         fn a_byte_that_is_no_state_is_a_page_that_failed_and_stays_what_it_is(
             bytes in prop::collection::vec(any::<u8>(), 1..64),
