@@ -115,6 +115,7 @@ def test_beside_what_is_published_the_first_point_is_right_and_the_others_say_by
 def test_several_userfaultfds_are_read_by_as_many_workers_as_a_pager_has() -> None:
     assert network("uffd", 512, 64) == Network(512, 64)
     assert network("sharded", 512, 64) == Network(512, 64, servers=4, queues=32)
+    assert network("sharded", 512, 2) == Network(512, 2, servers=2, queues=32)
     assert network("sharded", 8, 64) == Network(8, 64, servers=1, queues=1)
 
 

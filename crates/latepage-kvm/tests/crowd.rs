@@ -31,6 +31,7 @@ fn crowd(delivery: CrowdDelivery) -> Crowd {
         pages: PAGES,
         touches: PAGES,
         seed: 7,
+        shards: 1,
         socket: None,
         memory_file: None,
         spins: 0,
@@ -67,6 +68,8 @@ fn what_a_crowd_cannot_do_is_refused_before_a_thread_starts() {
     assert!(few.run().unwrap_err().to_string().contains("15 touches by 16 threads"));
     let none = Crowd { threads: 0, ..crowd(CrowdDelivery::Exit) };
     assert!(none.run().unwrap_err().to_string().contains("1 to 4096"));
+    let shards = Crowd { shards: 2, ..crowd(CrowdDelivery::Exit) };
+    assert!(shards.run().unwrap_err().to_string().contains("go with the delivery uffd"));
     assert!(crowd(CrowdDelivery::Notify).run().unwrap_err().to_string().contains("takes a socket"));
     assert!(crowd(CrowdDelivery::Exit).run().unwrap_err().to_string().contains("takes a memory_file"));
 }

@@ -28,6 +28,7 @@ def ours(
     pager: Pager | None,
     spins: int | None = None,
     core: int | None = None,
+    shards: int = 1,
 ) -> Mapping[str, float]:
     """A crowd of ours touches so many pages, once each.
 
@@ -40,6 +41,7 @@ def ours(
         spins: how often a thread looks before it sleeps, for `notify`; by itself not at all where there are more threads and
             pagers than cores, since somebody else could use the core.
         core: where all threads are kept; anywhere if None.
+        shards: userfaultfds, each over a part of the memory, for `uffd`.
 
     Raises:
         LatepageError: it failed, or a page was wrong.
@@ -50,6 +52,8 @@ def ours(
         asked["spins"] = spins if spins is not None else SPINS if threads < len(cores()) else 0
     if core is not None:
         asked["core"] = core
+    if shards > 1:
+        asked["shards"] = shards
     if pager is None:
         return _figures(_child(asked | {"memory_file": str(memory)}), 0.0)
     before = cpu_seconds(pager.pid)

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 
 from latepage.bench.bench import Bench
-from latepage.bench.crowd import ours, theirs
+from latepage.bench.crowd import ours
 from latepage.bench.figures import Figure, Metric, spread_of
 from latepage.bench.machine import LackingError, cores, need_userfaultfd, two_cores
 from latepage.bench.model_report import forecast_table
@@ -102,7 +102,7 @@ def network(delivery: str, threads: int, hosts_cores: float) -> Network:
     """So many threads on a host of so many cores, served as latepage does by that delivery."""
     if delivery == "sharded":
         shards = max(1, threads // SHARD)
-        return Network(threads, hosts_cores, servers=min(WORKERS, shards), queues=shards)
+        return Network(threads, hosts_cores, servers=max(1, int(min(WORKERS, shards, hosts_cores))), queues=shards)
     return Network(threads, hosts_cores)
 
 
@@ -160,18 +160,14 @@ def _measure(bench: Bench, stack: ExitStack) -> dict[str, dict[int, Measured]]:
     memory = bench.memory_file(bench.sized(64 << 20, 8 << 20))
     flags = ("--fault-around", "4KiB")
     pager = stack.enter_context(Pager(bench.socket(), memory, *flags))
-    program = bench.programs["throng"]
     ways: dict[tuple[str, int], Way] = {}
     for count in bench.sized(COUNTS, (1, FEW, SOME, MANY)):
         touches = bench.sized(min(16384, max(1024, 1024 * count)), max(256, count))
         for delivery in DELIVERIES:
-            if delivery == "sharded":
-                if count <= SHARD:
-                    continue
-                shards, readers = count // SHARD, min(WORKERS, len(cores()))
-                run = partial(theirs, program, "uffd", memory, touches, count, f"shards={shards}", f"servers={readers}")
-            else:
-                run = partial(ours, delivery, memory, touches, count, None if delivery == "exit" else pager)
+            if delivery == "sharded" and count <= SHARD:
+                continue
+            sent, shards = ("uffd", count // SHARD) if delivery == "sharded" else (delivery, 1)
+            run = partial(ours, sent, memory, touches, count, None if sent == "exit" else pager, shards=shards)
             ways[delivery, count] = Way(f"{delivery}, {count}", run)
     try:
         core, other = two_cores()
@@ -187,7 +183,7 @@ def _measure(bench: Bench, stack: ExitStack) -> dict[str, dict[int, Measured]]:
     found: dict[str, dict[int, Measured]] = {delivery: {} for delivery in DELIVERIES}
     for (delivery, count), way in ways.items():
         found[delivery][count] = _middle(rounds, way.name)
-    # Of the C program with several userfaultfds only what has several is known: few threads cost what they cost with one.
+    # Few threads have one userfaultfd, and it takes many to know what several cost.
     found["sharded"] = {FEW: replace(found["sharded"][SOME], rate=found["uffd"][FEW].rate), **found["sharded"]}
     return found
 

@@ -103,6 +103,7 @@ class Crowds:
         ]
         if count > SHARD:
             found.append(self.limit(SHARDED, count, "uffd", f"shards={shards}", f"servers={readers}"))
+            found.append(Way(f"uffd in shards, {named}", self.ours("uffd", count, shards), peer=count == MANY))
         found.append(Way(f"uffd, {named}", self.ours("uffd", count), peer=count == MANY))
         return [*found, Way(f"exit, {named}", self.ours("exit", count)), Way(f"notify, {named}", self.ours("notify", count))]
 
@@ -111,10 +112,10 @@ class Crowds:
         touches = touches_of(self.bench, count)
         return Way(name, partial(theirs, self.program, way, self.memory, touches, count, *options), peer=True)
 
-    def ours(self, delivery: str, count: int) -> "partial[Mapping[str, float]]":
+    def ours(self, delivery: str, count: int, shards: int = 1) -> "partial[Mapping[str, float]]":
         """A crowd of ours."""
         pager = None if delivery == "exit" else self.pager
-        return partial(ours, delivery, self.memory, touches_of(self.bench, count), count, pager)
+        return partial(ours, delivery, self.memory, touches_of(self.bench, count), count, pager, shards=shards)
 
     def one_thread(self, part: tuple[float, float]) -> list[Figure]:
         """One thread by the channel, beside the same by userfaultfd: the pager blocks on another core, or on the same."""
@@ -146,15 +147,20 @@ class Crowds:
 def figures_of(rounds: Rounds, count: int) -> list[Figure]:
     """What is held against what, at one number of threads."""
     named, many = threads(count), count == MANY
-    uffd, exit_, notify = f"uffd, {named}", f"exit, {named}", f"notify, {named}"
+    uffd, shards, exit_, notify = (f"{way}, {named}" for way in ("uffd", "uffd in shards", "exit", "notify"))
     found = []
     for metric in (RATE, CPU, P50, P99):
         found += rounds.figures(uffd, metric, {ONE: None})
+    beside_shards: dict[str, float | None] = {SHARDED: None}
+    if many:
+        beside_shards |= {uffd: MANY_TIMES}
+    for metric in (RATE, CPU, P50, P99):
+        found += rounds.figures(shards, metric, beside_shards if metric is RATE else {SHARDED: None})
     for metric in (RATE, CPU, P50, P99):
         found += rounds.figures(exit_, metric, {IN_THREAD: EXIT_CPU if metric is CPU else None})
     beside: dict[str, float | None] = {CHANNEL: None}
     if many:
-        beside |= {uffd: MANY_TIMES, SHARDED: NO_WORSE}
+        beside |= {uffd: MANY_TIMES, shards: NO_WORSE, SHARDED: None}
     for metric in (RATE, CPU, P50, P99):
         found += rounds.figures(notify, metric, beside if metric is RATE else {CHANNEL: None})
     return found

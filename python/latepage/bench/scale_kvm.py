@@ -22,8 +22,10 @@ __all__ = ["measure_kvm"]
 
 RATE = Metric("rate", "k pages/s", "more")
 COUNTS = (1, 8, 64)
-ROUNDS = 3
+ROUNDS = 2
 PEER = "C, one userfaultfd"
+SHARD = 16
+"""vCPUs for each userfaultfd, where there are several."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +42,10 @@ class Snapshot:
     state: Path
     memory: Path
 
-    def touched(self, socket: Path) -> Mapping[str, float]:
+    def touched(self, socket: Path, shards: int | None = None) -> Mapping[str, float]:
         """Restores it, has its guest touch every page once, and checks how many were."""
         job = Job("touch", order="random", seed=1)
-        with VmProcess.restore(self.state, job, guest="kvm", backing="shared", pager=socket) as vm:
+        with VmProcess.restore(self.state, job, guest="kvm", backing="shared", pager=socket, shards=shards) as vm:
             report = vm.done()
         if report.ended_ns is None or report.done != report.pages:
             raise LatepageError(f"the VM of {self.vcpus} vCPUs has touched {report.done} of {report.pages} pages")
@@ -59,17 +61,22 @@ def measure_kvm(bench: Bench, part: tuple[float, float]) -> list[Figure]:
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
         raise LackingError("no access to /dev/kvm: `latepage check` says how to get it")
     found: list[Figure] = []
-    counts = bench.sized(COUNTS, (1, 8))
+    counts = bench.sized(COUNTS, (1, 2 * SHARD))
     for number, count in enumerate(counts):
         share = (part[1] - part[0]) / len(counts)
         within = (part[0] + number * share, part[0] + (number + 1) * share)
         bench.tell(within[0], f"KVM: fill a VM of {count} vCPUs and save it")
         snapshot = _saved(bench, count)
-        way = f"KVM, uffd, {count} vCPU" + ("s" if count > 1 else "")
+        named = f"{count} vCPU" + ("s" if count > 1 else "")
+        way, several = f"KVM, uffd, {named}", f"KVM, uffd in shards, {named}"
         with ExitStack() as stack:
             pager = stack.enter_context(Pager(bench.socket(), snapshot.memory, "--fault-around", "4KiB"))
             ways = [Way(PEER, partial(_by_c, bench, snapshot), peer=True), Way(way, partial(_ours, snapshot, pager))]
-            found += bench.in_turns("scale", ways, ROUNDS, within).figures(way, RATE, {PEER: None})
+            if count > SHARD:
+                ways.append(Way(several, partial(_ours, snapshot, pager, count // SHARD)))
+            rounds = bench.in_turns("scale", ways, ROUNDS, within)
+            found += rounds.figures(way, RATE, {PEER: None})
+            found += rounds.figures(several, RATE, {PEER: None})
     return found
 
 
@@ -82,8 +89,8 @@ def _saved(bench: Bench, vcpus: int) -> Snapshot:
     return snapshot
 
 
-def _ours(snapshot: Snapshot, pager: Pager) -> Mapping[str, float]:
-    rate = snapshot.touched(pager.socket)
+def _ours(snapshot: Snapshot, pager: Pager, shards: int | None = None) -> Mapping[str, float]:
+    rate = snapshot.touched(pager.socket, shards)
     pager.event("ended")
     return rate
 

@@ -64,6 +64,7 @@ impl ChannelSteps {
             pages: self.pages,
             touches: self.pages,
             seed: 0,
+            shards: 1,
             socket: None,
             memory_file: None,
             spins: 0,

@@ -6,9 +6,10 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 
+use latepage::attachment::shards::{self, ShardError};
 use latepage::attachment::{Backing, native};
 use latepage::install::{InstallView, MinorInstall};
-use latepage::memory::{Layout, PageSize, Region};
+use latepage::memory::{Layout, PageSize, Region, Shards};
 use latepage::sys::mapping::Mapping;
 use latepage::sys::uffd::{Features, RegisterMode, Userfaultfd};
 use latepage::sys::{fdpass, memfd};
@@ -17,11 +18,13 @@ use super::Crowd;
 use crate::error::VmError;
 
 pub(super) struct Memory {
-    /// Before the userfaultfd: whose last reference lets nobody through while something is mapped.
+    /// Before the userfaultfds: whose last reference lets nobody through while something is mapped.
     pub(super) view: Mapping,
     pub(super) file: OwnedFd,
-    pub(super) uffd: Arc<Userfaultfd>,
+    /// One for each shard.
+    pub(super) uffds: Vec<Arc<Userfaultfd>>,
     pub(super) layout: Layout,
+    pub(super) shards: Shards,
 }
 
 impl Memory {
@@ -30,17 +33,19 @@ impl Memory {
         let size = u64::from(crowd.pages) * 4096;
         let file = memfd::create("crowd", size).map_err(|errno| VmError::call("memfd_create", errno))?;
         let view = Mapping::shared(file.as_fd(), 0, size as usize)?;
-        let uffd = Arc::new(Userfaultfd::create(features | Features::MINOR_SHMEM)?);
-        uffd.register(view.address(), size, RegisterMode::MISSING | RegisterMode::MINOR)?;
         let region =
             Region { gpa: Some(0), hva: view.address(), size, offset: 0, page_size: PageSize::Small };
         let layout = Layout::new(vec![region]).map_err(|error| VmError::Config(error.to_string()))?;
-        Ok(Self { view, file, uffd, layout })
+        let divided = Shards::equal(&layout, crowd.shards as usize).map_err(ShardError::from)?;
+        let mode = RegisterMode::MISSING | RegisterMode::MINOR;
+        let made = shards::create(&layout, &divided, features | Features::MINOR_SHMEM, mode)?;
+        let uffds = made.into_iter().map(Arc::new).collect();
+        Ok(Self { view, file, uffds, layout, shards: divided })
     }
 
-    /// What exposes, and fills where the thread itself brings pages.
+    /// What exposes, and fills where the thread itself brings pages: there is one userfaultfd then.
     pub(super) fn install(&self) -> Result<MinorInstall, VmError> {
-        Ok(MinorInstall::new(Arc::clone(&self.uffd), InstallView::map(&self.file, &self.layout)?))
+        Ok(MinorInstall::new(Arc::clone(&self.uffds[0]), InstallView::map(&self.file, &self.layout)?))
     }
 
     /// What a pager is told.

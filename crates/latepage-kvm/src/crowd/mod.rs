@@ -3,7 +3,7 @@
 //! It is what `latepage bench scale` measures: a guest of threads without KVM, whose memory is shared and comes page by page. How a
 //! thread's access reaches whoever brings the page is the delivery:
 //!
-//! - `uffd`: the kernel queues the fault at a userfaultfd that a pager reads;
+//! - `uffd`: the kernel queues the fault at a userfaultfd, or at one of several, that a pager reads;
 //! - `exit`: the access comes back to the thread (a SIGBUS stands for a memory-fault exit), which brings the page itself;
 //! - `notify`: it comes back, the thread posts it to a pager through a channel, waits, and exposes what the pager has filled.
 //!
@@ -51,6 +51,9 @@ pub struct Crowd {
     /// Of that order.
     #[serde(default)]
     pub seed: u64,
+    /// How many userfaultfds, each over a shard of the memory, for `uffd`.
+    #[serde(default = "one")]
+    pub shards: u32,
     /// The pager's socket, for `uffd` and `notify`.
     #[serde(default)]
     pub socket: Option<PathBuf>,
@@ -81,6 +84,10 @@ pub struct CrowdReport {
     pub p99: u64,
 }
 
+fn one() -> u32 {
+    1
+}
+
 impl Crowd {
     /// Has it touch what it should.
     ///
@@ -99,6 +106,9 @@ impl Crowd {
                 "{} touches by {} threads of {} pages: each thread touches one at least, and no page is touched twice",
                 self.touches, self.threads, self.pages
             )));
+        }
+        if self.shards != 1 && self.delivery != CrowdDelivery::Uffd {
+            return Err(VmError::Config("several userfaultfds go with the delivery uffd".into()));
         }
         let missing = |what| VmError::Config(format!("a crowd of this delivery takes a {what}"));
         let socket = || self.socket.as_deref().ok_or_else(|| missing("socket"));
