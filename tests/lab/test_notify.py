@@ -225,6 +225,30 @@ def test_a_vcpu_that_waits_for_a_page_can_be_paused_and_goes_on(
         assert told(vm).posted == before.posted + 2
 
 
+def test_the_next_pager_serves_what_vcpus_and_kvm_wait_for(
+    snapshots: Callable[[int], Snapshot], pager: Callable[..., OtherProcess], trap: Trap, all_posted: bool
+) -> None:
+    state, memory = snapshots(2)
+    page = 200
+    other = pager(memory, 64 << 10)
+    with Vm.restore(state, pager=other.socket, delivery="notify", trap=trap, notify_all=all_posted, guest="kvm") as vm:
+        # With each of them fifteen come, which are the guest's own from now on.
+        vm.run(Job("dirty", seed=9, pages=((0, 64),)))
+        vm.wait()
+        before = told(vm)
+        other.kill()
+        vm.clock((2 << 20) + page * 4096 + 3920)
+        vm.run(Job("touch"))
+        while told(vm).posted == before.posted:
+            pass
+        pager(memory, 64 << 10)
+        vm.wait()
+        vm.run(Job("verify", order="random"))
+        assert vm.wait().is_right
+        assert vm.compare().wrong == (page,)
+        assert told(vm).connected == 2
+
+
 def test_a_page_that_cannot_be_had_fails_the_vm_and_is_never_zero(
     snapshots: Callable[[int], Snapshot], folder: Path, trap: Trap, all_posted: bool
 ) -> None:
