@@ -80,3 +80,19 @@ fn loom_recorders_that_hand_over_leave_no_gap() {
         assert_eq!((read.lost, read.entries.len()), (1, 2));
     });
 }
+
+#[test]
+fn loom_recorders_of_a_shared_ring_lose_nothing_of_each_other() {
+    loom::model(|| {
+        let ring = Arc::new(TraceRing::shared(4));
+        let next = Arc::clone(&ring);
+        let second = thread::spawn(move || record(&next, 1));
+        record(&ring, 0);
+        second.join().unwrap();
+        let read = ring.read_from(0);
+        let mut pages: Vec<u32> = read.entries.iter().map(|entry| entry.page).collect();
+        pages.sort_unstable();
+        assert_eq!((read.lost, pages), (0, vec![0, 1]));
+        assert!(read.entries.iter().all(|entry| entry.ns == u64::from(entry.page) * 1000));
+    });
+}
