@@ -63,7 +63,8 @@ def test_a_fault_is_a_wait_a_read_and_an_install(
     reads, installs = made.pop("preadv2"), made.pop("ioctl")
     writes = made.pop("pwrite64", 0)
     assert FAULTS <= reads <= FAULTS + ONCE
-    assert FAULTS <= waits <= FAULTS + ONCE
+    # A call that a worker was in when strace came is not counted.
+    assert FAULTS - len(workers) <= waits <= FAULTS + ONCE
     assert FAULTS <= installs <= FAULTS + ONCE
     # Shared memory is filled by its file, and then exposed.
     assert writes <= (0 if install == "copy" else FAULTS)

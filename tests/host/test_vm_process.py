@@ -32,7 +32,7 @@ def snapshot(folder: Path) -> Snapshot:
     return files
 
 
-def refused(*arguments: str | Path) -> tuple[int, str]:
+def refused(*arguments: str | Path | int) -> tuple[int, str]:
     """The exit status and the words of a VM that cannot be."""
     command = [sys.executable, "-m", "latepage.kvm", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
