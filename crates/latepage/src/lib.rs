@@ -45,14 +45,14 @@ mod gate;
 #[path = "delivery/channel/protocol/mod.rs"]
 mod channel_protocol;
 
-/// What exits pass each other by, for loom.
+/// What threads that resolve their own faults wait for each other by, for loom.
 #[cfg(loom)]
 #[allow(dead_code, reason = "loom's tests use some of it")]
-#[path = "session/exit"]
-mod exit {
-    mod passes;
+#[path = "session/inside"]
+mod inside {
     #[cfg(test)]
     mod races;
+    mod stay;
     mod turns;
     mod word;
 }

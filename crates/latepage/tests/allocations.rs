@@ -1,20 +1,35 @@
-//! No worker allocates while it serves faults: proven by an allocator that counts.
+//! No worker allocates while it serves faults, and no thread that resolves its own: proven by an allocator that counts.
 #![allow(unsafe_code, reason = "an allocator is unsafe code by its trait; this one only counts")]
 
 mod vmm;
 
 use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::{Cell, RefCell};
+use std::io::{Seek, SeekFrom, Write};
+use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use latepage::attachment::Backing;
-use latepage::session::{FaultAround, Policy};
+use latepage::memory::{self, PageSize, Region};
+use latepage::session::{FaultAround, FaultWindow, Policy, Reason, Resolver};
+use latepage::source::FileSource;
+use latepage::sys::mapping::Mapping;
+use latepage::sys::memfd;
+use vmm::PAGE;
 use vmm::guest::Guest;
-use vmm::serving::{Serving, policy};
+use vmm::serving::{Directory, Serving, policy};
 use vmm::snapshot::{Snapshot, word};
+use vmm::trap::trapping;
 
 use std::sync::Arc;
 
 static OF_WORKERS: AtomicU64 = AtomicU64::new(0);
+
+thread_local! {
+    /// Set while this thread is in its handler, and how often it has allocated there. Without a destructor.
+    static IN_HANDLER: Cell<bool> = const { Cell::new(false) };
+    static OF_HANDLER: Cell<u64> = const { Cell::new(0) };
+}
 
 struct Counting;
 
@@ -31,6 +46,9 @@ unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         if is_worker() {
             OF_WORKERS.fetch_add(1, Ordering::Relaxed);
+        }
+        if IN_HANDLER.get() {
+            OF_HANDLER.set(OF_HANDLER.get() + 1);
         }
         // SAFETY: what the caller promised is passed on.
         unsafe { System.alloc(layout) }
@@ -81,5 +99,67 @@ fn a_worker_allocates_nothing_for_a_fault() {
                 "{backing}, {fault_around:?}: {came} faults"
             );
         }
+    }
+}
+
+/// Contents, a hole and zeros that are data, from a memory file; alone and with a window; anonymous and shared; discarded pages too.
+#[test]
+fn a_thread_that_resolves_its_own_faults_allocates_nothing_in_its_handler() {
+    need_userfaultfd!();
+    const PAGES: usize = 1024;
+    let directory = Directory::new();
+    let path = directory.file("memory");
+    let mut file = std::fs::File::create(&path).unwrap();
+    for page in 0..PAGES {
+        match page % 8 {
+            5 => drop(file.seek(SeekFrom::Current(PAGE as i64)).unwrap()),
+            6 => file.write_all(&[0; PAGE]).unwrap(),
+            _ => file.write_all(&[page as u8 | 1; PAGE]).unwrap(),
+        }
+    }
+    drop(file);
+    // The counter counts.
+    IN_HANDLER.set(true);
+    drop(std::hint::black_box(Box::new(PAGES)));
+    IN_HANDLER.set(false);
+    assert_eq!(OF_HANDLER.replace(0), 1);
+    let contents = |page: usize| {
+        if matches!(page % 8, 5 | 6) { 0 } else { u64::from_ne_bytes([page as u8 | 1; 8]) }
+    };
+    for (is_shared, window) in [(true, 4096), (true, 64 << 10), (false, 4096), (false, 64 << 10)] {
+        let length = PAGES * PAGE;
+        let memory = memfd::create("guest", length as u64).unwrap();
+        let view = match is_shared {
+            true => Mapping::shared(memory.as_fd(), 0, length).unwrap(),
+            false => Mapping::anonymous(length).unwrap(),
+        };
+        let (hva, size) = (view.address(), length as u64);
+        let region = Region { gpa: None, hva, size, offset: 0, page_size: PageSize::Small };
+        let layout = memory::Layout::new(vec![region]).unwrap();
+        let source = Arc::new(FileSource::open(&path).unwrap());
+        let window = FaultWindow::bytes(window).unwrap();
+        let resolver = Resolver::by_signal(layout, source, None, 1, window).unwrap();
+        let seat = RefCell::new(resolver.seat(0).unwrap());
+        let resolve = |address| {
+            IN_HANDLER.set(true);
+            let resolved = seat.borrow_mut().touch(address);
+            IN_HANDLER.set(false);
+            resolved.is_ok()
+        };
+        let read = |page: usize, expected| {
+            trapping(&resolve, || assert_eq!(view.load(page * PAGE), expected, "page {page}"));
+        };
+        (0..PAGES).map(|turn| turn * 7 % PAGES).for_each(|page| read(page, contents(page)));
+        let punch = || if is_shared { view.remove(0, 4 * PAGE) } else { view.dont_need(0, 4 * PAGE) };
+        resolver.discard(0..4, punch).unwrap();
+        (0..4).for_each(|page| read(page, 0));
+        // A refusal is no allocation either.
+        IN_HANDLER.set(true);
+        let refused = seat.borrow_mut().touch(hva + size).map_err(|unresolved| unresolved.reason);
+        IN_HANDLER.set(false);
+        assert_eq!(refused, Err(Reason::NoRegion));
+        let stats = resolver.stats();
+        assert_eq!((stats.filled + stats.zero, stats.zero >= 2 * PAGES as u64 / 8), (PAGES as u64 + 4, true));
+        assert_eq!(OF_HANDLER.get(), 0, "shared: {is_shared}, {window:?}");
     }
 }

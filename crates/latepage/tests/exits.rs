@@ -1,5 +1,5 @@
-//! Guests of ordinary threads whose accesses come back to them (UFFD_FEATURE_SIGBUS stands in for memory-fault exits): resolved in the
-//! faulting thread (`exit`), or posted to a pager through the channel (`notify`).
+//! Guests of ordinary threads whose accesses come back to them as signals (UFFD_FEATURE_SIGBUS): resolved in the handler, on the faulting
+//! thread (`exit`), or posted to a pager through the channel (`notify`).
 
 mod vmm;
 
@@ -10,9 +10,8 @@ use std::sync::Arc;
 use latepage::attachment::Backing;
 use latepage::attachment::native::{self, BesideChannel};
 use latepage::delivery::channel::{Channel, Completion, Request, Waited};
-use latepage::install::{CopyInstall, Install, InstallView, MinorInstall};
 use latepage::memory::{Layout, PageSize, Region};
-use latepage::session::exit::Exits;
+use latepage::session::{FaultWindow, Reason, Resolver, ResolverStats, Unresolved};
 use latepage::sys::mapping::Mapping;
 use latepage::sys::memfd;
 use latepage::sys::uffd::{Features, RegisterMode, Userfaultfd};
@@ -25,11 +24,10 @@ use vmm::{PAGE, start};
 
 const PAGES: usize = 4096;
 
-/// Guest memory that traps to whoever touches it.
+/// Guest memory, nothing of which is there.
 struct Guest {
     view: Mapping,
     memory: Option<OwnedFd>,
-    uffd: Arc<Userfaultfd>,
     layout: Layout,
 }
 
@@ -43,15 +41,33 @@ impl Guest {
             }
             _ => (Mapping::anonymous(length).unwrap(), None),
         };
-        let features = Features::SIGBUS | Features::MISSING_SHMEM | Features::MINOR_SHMEM;
-        let uffd = Arc::new(Userfaultfd::create(features).unwrap());
-        let minor = if memory.is_some() { RegisterMode::MINOR } else { RegisterMode::empty() };
-        uffd.register(view.address(), length as u64, RegisterMode::MISSING | minor).unwrap();
         let (hva, size) = (view.address(), length as u64);
         let layout =
             Layout::new(vec![Region { gpa: Some(0), hva, size, offset: 0, page_size: PageSize::Small }])
                 .unwrap();
-        Self { view, memory, uffd, layout }
+        Self { view, memory, layout }
+    }
+
+    /// A resolver whose absent pages are signals.
+    fn resolver(&self, source: &Arc<Snapshot>, seats: usize, window: u64) -> Arc<Resolver> {
+        let window = FaultWindow::bytes(window).unwrap();
+        Resolver::by_signal(self.layout.clone(), Arc::clone(source) as _, None, seats, window).unwrap()
+    }
+
+    /// What `accesses` returns, whose signals are resolved from that seat; and what could not be.
+    fn with_seat<R>(
+        resolver: &Arc<Resolver>,
+        number: usize,
+        accesses: impl FnOnce() -> R,
+    ) -> (R, Option<Unresolved>) {
+        let seat = RefCell::new((resolver.seat(number).unwrap(), None));
+        let resolve = |address| {
+            let (seat, unresolved) = &mut *seat.borrow_mut();
+            *unresolved = seat.touch(address).err();
+            unresolved.is_none()
+        };
+        let result = trapping(&resolve, accesses);
+        (result, seat.into_inner().1)
     }
 
     /// Every page, in an order of this thread's own.
@@ -61,37 +77,93 @@ impl Guest {
             assert_eq!(self.view.load(page * PAGE), source.word((page * PAGE) as u64), "page {page}");
         }
     }
+
+    fn discard(&self, resolver: &Resolver, page: usize) {
+        let pages = page as u32..page as u32 + 1;
+        let punch = || match self.memory {
+            Some(_) => self.view.remove(page * PAGE, PAGE),
+            None => self.view.dont_need(page * PAGE, PAGE),
+        };
+        resolver.discard(pages, punch).unwrap();
+    }
 }
 
 #[test]
-fn exits_are_resolved_by_many_threads_at_once_and_no_page_is_brought_twice() {
+fn signals_are_resolved_by_many_threads_at_once_and_no_page_is_brought_twice() {
     need_userfaultfd!();
     for backing in [Backing::Anonymous, Backing::Shared] {
         let guest = Arc::new(Guest::new(backing));
         let source = Arc::new(Snapshot::new((PAGES * PAGE) as u64));
-        let install: Box<dyn Install> = match &guest.memory {
-            Some(memory) => {
-                let view = InstallView::map(memory, &guest.layout).unwrap();
-                Box::new(MinorInstall::new(Arc::clone(&guest.uffd), view))
-            }
-            None => Box::new(CopyInstall::new(Arc::clone(&guest.uffd))),
-        };
-        let exits = Arc::new(Exits::new(guest.layout.clone(), source.clone(), install, 32 << 10));
+        let resolver = guest.resolver(&source, 24, 32 << 10);
         let vcpus: Vec<_> = (0..24)
             .map(|number| {
-                let (guest, source, exits) = (Arc::clone(&guest), Arc::clone(&source), Arc::clone(&exits));
+                let (guest, source, resolver) =
+                    (Arc::clone(&guest), Arc::clone(&source), Arc::clone(&resolver));
+                start(move || Guest::with_seat(&resolver, number, || guest.check(number, &source)).1)
+            })
+            .collect();
+        assert!(vcpus.into_iter().all(|vcpu| vmm::Running::join(vcpu).is_none()));
+        let ResolverStats { exits, faults, joined, present, filled, zero, beside } = resolver.stats();
+        assert_eq!((filled + zero, resolver.pages().lacking()), (PAGES as u64, 0), "{backing}");
+        assert_eq!((exits - joined - present, faults), (filled + zero - beside, 0), "{backing}");
+    }
+}
+
+#[test]
+fn what_is_discarded_among_signals_is_never_the_snapshots_again() {
+    need_userfaultfd!();
+    for backing in [Backing::Anonymous, Backing::Shared] {
+        let guest = Arc::new(Guest::new(backing));
+        let source = Arc::new(Snapshot::new((PAGES * PAGE) as u64));
+        let resolver = guest.resolver(&source, 5, 16 << 10);
+        let vcpus: Vec<_> = (0..4)
+            .map(|number| {
+                let (guest, source, resolver) =
+                    (Arc::clone(&guest), Arc::clone(&source), Arc::clone(&resolver));
                 start(move || {
-                    let buffer = RefCell::new(vec![0; 32 << 10]);
-                    let resolve = |address| {
-                        let page = exits.layout().find_hva(address);
-                        page.is_some_and(|page| exits.resolve(page, number, &mut buffer.borrow_mut()).is_ok())
+                    let accesses = || {
+                        for page in (0..PAGES).map(|turn| (turn * 5 + number) % PAGES) {
+                            let (word, snapshot) =
+                                (guest.view.load(page * PAGE), source.word((page * PAGE) as u64));
+                            assert!(word == 0 || word == snapshot, "page {page}: {word:#x}");
+                        }
                     };
-                    trapping(&resolve, || guest.check(number, &source));
+                    Guest::with_seat(&resolver, number, accesses).1
                 })
             })
             .collect();
-        vcpus.into_iter().for_each(vmm::Running::join);
-        assert_eq!((exits.brought(), exits.pages().lacking()), (PAGES as u64, 0));
+        (0..PAGES).step_by(2).for_each(|page| guest.discard(&resolver, page));
+        assert!(vcpus.into_iter().all(|vcpu| vmm::Running::join(vcpu).is_none()));
+        let check = || {
+            for page in 0..PAGES {
+                let expected = if page % 2 == 0 { 0 } else { source.word((page * PAGE) as u64) };
+                assert_eq!(guest.view.load(page * PAGE), expected, "{backing}, page {page}");
+            }
+        };
+        assert_eq!(Guest::with_seat(&resolver, 4, check).1, None);
+    }
+}
+
+#[test]
+fn a_page_that_cannot_be_had_is_told_to_whoever_touches_it() {
+    need_userfaultfd!();
+    for backing in [Backing::Anonymous, Backing::Shared] {
+        let guest = Guest::new(backing);
+        let source = Arc::new(Snapshot::new((PAGES * PAGE) as u64).broken([9]));
+        let resolver = guest.resolver(&source, 1, 64 << 10);
+        let mut seat = resolver.seat(0).unwrap();
+        let touch = |page: usize| guest.view.address() + (page * PAGE) as u64;
+        // What lies before it in the window comes.
+        seat.touch(touch(2)).unwrap();
+        let told = seat.touch(touch(9)).unwrap_err().to_string();
+        assert!(told.starts_with("the memory at guest address 0x9000 could not be had: "), "{told}");
+        assert_eq!(seat.exit(9 * PAGE as u64 + 8).unwrap_err().reason, Reason::Before);
+        seat.touch(touch(10)).unwrap();
+        assert_eq!(guest.view.load(10 * PAGE), source.word(10 * PAGE as u64));
+        // A system call is told by an error, and never sees zero.
+        let mut word = [0; 8];
+        assert_eq!(guest.view.window(9 * PAGE, 8).copy_to(&mut word), Err(rustix::io::Errno::FAULT));
+        assert_eq!(resolver.stats().beside, 7 - 1 + 6 - 1);
     }
 }
 
@@ -101,6 +173,10 @@ fn traps_are_posted_to_a_pager_and_each_thread_waits_at_its_slot() {
     let source = Arc::new(Snapshot::new((PAGES * PAGE) as u64));
     let mut serving = Serving::new(source.clone(), policy());
     let guest = Arc::new(Guest::new(Backing::Shared));
+    let uffd =
+        Userfaultfd::create(Features::SIGBUS | Features::MISSING_SHMEM | Features::MINOR_SHMEM).unwrap();
+    let modes = RegisterMode::MISSING | RegisterMode::MINOR;
+    uffd.register(guest.view.address(), (PAGES * PAGE) as u64, modes).unwrap();
     let channel = Arc::new(Channel::new(24, PAGES as u32).unwrap());
     let introduction = native::Introduction {
         name: Some("vm"),
@@ -115,7 +191,7 @@ fn traps_are_posted_to_a_pager_and_each_thread_waits_at_its_slot() {
         BesideChannel { userfaultfd: true, ..BesideChannel::default() },
     );
     let (memory, bell) = channel.descriptors();
-    let sent = [memory, bell, guest.memory.as_ref().unwrap().as_fd(), guest.uffd.as_fd()];
+    let sent = [memory, bell, guest.memory.as_ref().unwrap().as_fd(), uffd.as_fd()];
     let _socket = say(&serving.socket, message.as_bytes(), &sent);
     let vcpus: Vec<_> = (0..24)
         .map(|number| {

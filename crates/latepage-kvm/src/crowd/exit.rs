@@ -4,11 +4,10 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use latepage::session::exit::Exits;
+use latepage::session::{FaultWindow, Resolver, ResolverError};
 use latepage::source::{FileSource, Source};
-use latepage::sys::uffd::Features;
 
-use super::memory::Memory;
+use super::memory::untouched;
 use super::touch::touch_trapping;
 use super::{Crowd, CrowdReport};
 use crate::error::VmError;
@@ -16,18 +15,21 @@ use crate::error::VmError;
 const PAGE: usize = 4096;
 
 pub(super) fn run(crowd: &Crowd, memory_file: &Path) -> Result<CrowdReport, VmError> {
-    let memory = Memory::absent(crowd, Features::SIGBUS)?;
-    let source = FileSource::open(memory_file)
-        .map_err(|error| VmError::LateMemory { path: memory_file.to_path_buf(), why: error.to_string() })?;
+    let (view, _file, layout) = untouched(crowd)?;
+    let refused = |why: String| VmError::LateMemory { path: memory_file.to_path_buf(), why };
+    let source = FileSource::open(memory_file).map_err(|error| refused(error.to_string()))?;
     wait_until_looked_at(&source, crowd.pages);
-    let install = Box::new(memory.install()?);
-    let exits = &Exits::new(memory.layout.clone(), Arc::new(source), install, PAGE as u64);
-    touch_trapping(crowd, &memory.view, |number| {
-        let mut buffer = vec![0; PAGE];
-        move |address| {
-            let page = exits.layout().find_hva(address);
-            page.is_some_and(|page| exits.resolve(page, number as usize, &mut buffer).is_ok())
-        }
+    let (source, seats) = (Arc::new(source), crowd.threads as usize);
+    let resolver = Resolver::by_signal(layout, source, None, seats, FaultWindow::default()).map_err(
+        |error| match error {
+            ResolverError::Userfaultfd(error) => VmError::Userfaultfd(error),
+            ResolverError::Register(error) => VmError::Register(error),
+            error => refused(error.to_string()),
+        },
+    )?;
+    touch_trapping(crowd, &view, |number| {
+        let mut seat = resolver.seat(number as usize).expect("each thread has a number of its own");
+        move |address| seat.touch(address).is_ok()
     })
 }
 

@@ -27,15 +27,20 @@ pub(super) struct Memory {
     pub(super) shards: Shards,
 }
 
+/// Memory of a file that nobody has touched, and where it lies.
+pub(super) fn untouched(crowd: &Crowd) -> Result<(Mapping, OwnedFd, Layout), VmError> {
+    let size = u64::from(crowd.pages) * 4096;
+    let file = memfd::create("crowd", size).map_err(|errno| VmError::call("memfd_create", errno))?;
+    let view = Mapping::shared(file.as_fd(), 0, size as usize)?;
+    let region = Region { gpa: Some(0), hva: view.address(), size, offset: 0, page_size: PageSize::Small };
+    let layout = Layout::new(vec![region]).map_err(|error| VmError::Config(error.to_string()))?;
+    Ok((view, file, layout))
+}
+
 impl Memory {
     /// Absent memory of which each touch is a fault: at the userfaultfd, or with `Features::SIGBUS` a signal.
     pub(super) fn absent(crowd: &Crowd, features: Features) -> Result<Self, VmError> {
-        let size = u64::from(crowd.pages) * 4096;
-        let file = memfd::create("crowd", size).map_err(|errno| VmError::call("memfd_create", errno))?;
-        let view = Mapping::shared(file.as_fd(), 0, size as usize)?;
-        let region =
-            Region { gpa: Some(0), hva: view.address(), size, offset: 0, page_size: PageSize::Small };
-        let layout = Layout::new(vec![region]).map_err(|error| VmError::Config(error.to_string()))?;
+        let (view, file, layout) = untouched(crowd)?;
         let divided = Shards::equal(&layout, crowd.shards as usize).map_err(ShardError::from)?;
         let mode = RegisterMode::MISSING | RegisterMode::MINOR;
         let made = shards::create(&layout, &divided, features | Features::MINOR_SHMEM, mode)?;
@@ -43,7 +48,7 @@ impl Memory {
         Ok(Self { view, file, uffds, layout, shards: divided })
     }
 
-    /// What exposes, and fills where the thread itself brings pages: there is one userfaultfd then.
+    /// What exposes: there is one userfaultfd then.
     pub(super) fn install(&self) -> Result<MinorInstall, VmError> {
         Ok(MinorInstall::new(Arc::clone(&self.uffds[0]), InstallView::map(&self.file, &self.layout)?))
     }

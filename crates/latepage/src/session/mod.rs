@@ -9,7 +9,6 @@ mod around;
 mod batch;
 mod deliveries;
 mod end;
-pub mod exit;
 mod fail;
 mod gate;
 mod inside;
@@ -49,7 +48,10 @@ use deliveries::Deliveries;
 use shard::Shard;
 use waiting::WaitingRoom;
 
-pub use inside::{FaultWindow, Resolver, ResolverError, ResolverStats, Seat, Told, Unresolved};
+pub use answer::NoAnswer;
+pub use inside::{
+    Address, FaultWindow, Reason, Resolver, ResolverError, ResolverStats, Seat, Told, Unresolved,
+};
 pub use policy::{FaultAround, OnMissing, Placement, Policy, Population};
 pub use populate::Sliced;
 pub use report::{Action, End, Host, LetGo, Report};

@@ -31,7 +31,7 @@ pub(super) type Demand = Option<(u32, Wait)>;
 
 /// What pages are filled with.
 #[derive(Clone, Copy)]
-enum Contents<'a> {
+pub(super) enum Contents<'a> {
     /// Bytes that were read.
     Bytes(&'a [u8]),
     /// What only the kernel reads.
@@ -39,7 +39,14 @@ enum Contents<'a> {
 }
 
 impl Contents<'_> {
-    fn fill(self, install: &dyn Install, layout: &Layout, first: u32, part: Range<usize>) -> Outcome {
+    /// Fills pages from `first` on with the bytes of `part`.
+    pub(super) fn fill(
+        self,
+        install: &dyn Install,
+        layout: &Layout,
+        first: u32,
+        part: Range<usize>,
+    ) -> Outcome {
         match self {
             Self::Bytes(bytes) => install.fill(layout, first, &bytes[part]),
             Self::Window(window) => install.fill_window(layout, first, window.part(part)),
@@ -98,8 +105,8 @@ impl Session {
         demand: Demand,
     ) -> Option<Stop> {
         let stopped = self.put_contents(core, run.clone(), Contents::Window(contents), demand);
-        if let Err(reason) = vouched(&*self.source) {
-            self.distrust(core, run, demand, &reason);
+        if let Err(error) = vouched(&*self.source) {
+            self.distrust(core, run, demand, &error.to_string());
         }
         stopped
     }

@@ -4,6 +4,7 @@
 //! compile time against the formula that they come from. Everything above this room is safe Rust.
 #![allow(unsafe_code)]
 
+pub mod buffer;
 pub mod fdpass;
 pub mod file;
 pub mod futex;

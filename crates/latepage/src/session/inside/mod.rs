@@ -1,53 +1,66 @@
-//! A session inside the VMM: vCPUs' threads bring pages themselves, when an access comes back to them as a memory-fault exit.
+//! A session inside the VMM: threads bring pages themselves, when an access of theirs comes back to them, as a memory-fault exit of
+//! their vCPU or as a signal.
 //!
 //! ```text
 //! a vCPU's thread                                         a thread of the VMM: accesses by KVM itself and by the VMM
 //! KVM_RUN: EFAULT, KVM_EXIT_MEMORY_FAULT, gpa             userfaultfd over the guest view: a fault, hva
 //!   Seat::exit(gpa)                                         Seat::serve
+//! or SIGBUS, hva
+//!   Seat::touch(hva)
+//!      0 enter     a store to the desk's own word
 //!      1 claim     absent -> in flight, one atomic step; another one's claim: wait for it
-//!      2 fill      through the install view; filled is stored
-//!      3 show      CONTINUE: the guest view has the page, who waits at the userfaultfd goes on
-//!      4 disarm    the page's bit, or attribute: vCPUs reach it
-//!      5 settle    in flight -> present; who waits for the page inside the VMM goes on
+//!      2 fill      COPY: the guest view has the page, who waits at the userfaultfd goes on
+//!                  where the memory file had a page already: written through the install view, filled is stored, CONTINUE
+//!      3 disarm    the page's bit, or attribute: vCPUs reach it
+//!      4 settle    in flight -> present; who waits for the page inside the VMM goes on
+//!      5 leave     an exchange of the desk's own word: a discard that waits for that goes on
 //! KVM_RUN
 //! ```
 //!
-//! There is no lock on that path and no gate: a session of the pager needs one because others discard memory under it, and here it
-//! is the VMM that does ([`Resolver::discard`]). `docs/userfault.md` has the whole.
+//! There is no lock on that path, no gate, no allocation, and no cache line that is written for pages of others. A session of the pager
+//! needs a gate because others discard memory under it, and here it is the VMM that does ([`Resolver::discard`]).
+//! `docs/userfault.md` has the whole.
 
 mod bring;
+mod desk;
+mod error;
 mod seat;
 mod serve;
+mod stay;
 #[cfg(test)]
 mod tests;
-mod waiters;
+mod turns;
+mod word;
 
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Duration;
+use std::sync::atomic::Ordering;
 
 use rustix::io::Errno;
 
-use crate::install::{MinorInstall, Trap};
+use crate::install::{CopyInstall, Install, MinorInstall, Trap};
 use crate::memory::{Layout, PageSize, Pages};
-use crate::source::{Source, SourceError};
-use crate::stats::Counter;
-use crate::sys::mapping::MapError;
-use crate::sys::uffd::{CreateError, Features, RegisterMode, UffdError, Userfaultfd};
-use waiters::Waiters;
+use crate::source::Source;
+use crate::sys::uffd::{Features, RegisterMode, Userfaultfd};
+use desk::Desk;
+use turns::Turns;
 
+pub use desk::ResolverStats;
+pub use error::{Address, Reason, ResolverError, Unresolved};
 pub use seat::Seat;
 pub use serve::Told;
 
 /// The longest run that comes with one fault.
 const LONGEST: u64 = 64 << 10;
+/// Words that those sleep on who wait for another thread's page.
+const WORDS: usize = 256;
 
 /// Brings the pages of one VM, inside that VM's process, on whichever thread wants one. Every such thread takes a [`Seat`].
 ///
-/// The guest's memory must be a shared mapping of a memory file (the guest view), in pages of 4 KiB. Dropping the value closes its
-/// userfaultfd, which would let through to zero pages whoever still waits there: it must live until the last vCPU has
+/// Made by [`new`](Self::new), accesses that no trap catches wait at a userfaultfd until a thread serves it; made by
+/// [`by_signal`](Self::by_signal), they are a SIGBUS to the thread that makes them. Dropping the value closes its userfaultfd, which
+/// would let through to zero pages whoever still waits there, or touches memory afterwards: it must live until the last vCPU has
 /// stopped.
 ///
 /// ```no_run
@@ -82,10 +95,13 @@ pub struct Resolver {
     layout: Layout,
     pages: Pages,
     source: Arc<dyn Source>,
-    uffd: Arc<Userfaultfd>,
-    install: MinorInstall,
+    /// Whose messages are to be served, where accesses wait for that.
+    messages: Option<Arc<Userfaultfd>>,
+    install: Box<dyn Install>,
+    /// For a page that the memory file has before it was brought; and it shows pages once more.
+    over: Option<Box<dyn Install>>,
     trap: Option<Arc<dyn Trap>>,
-    waiters: Waiters,
+    turns: Turns,
     desks: Box<[Desk]>,
     window: FaultWindow,
 }
@@ -115,74 +131,10 @@ impl Default for FaultWindow {
     }
 }
 
-/// A resolver could not be made.
-#[derive(Debug, thiserror::Error)]
-pub enum ResolverError {
-    /// Pages are filled through a second view of the memory, where a page that the pool does not have would be a SIGBUS.
-    #[error("memory of huge pages cannot be filled through a second view; use pages of 4 KiB")]
-    HugePages,
-    /// The snapshot is not this VM's, or cannot be served.
-    #[error(transparent)]
-    Source(#[from] SourceError),
-    /// No userfaultfd.
-    #[error("userfaultfd: {0}")]
-    Userfaultfd(#[from] CreateError),
-    /// The guest view could not be registered.
-    #[error("the guest view: {0}")]
-    Register(#[from] UffdError),
-    /// The install view could not be mapped.
-    #[error("the install view: {0}")]
-    Map(#[from] MapError),
-}
-
-/// A page that cannot be had. The vCPU that wants it must not run on.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the memory at guest address {gpa:#x} could not be had: {reason}")]
-pub struct Unresolved {
-    /// Where, for the guest; for a region without such an address, in the VMM.
-    pub gpa: u64,
-    /// Why.
-    pub reason: String,
-}
-
-/// What the threads of one resolver have done together.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct ResolverStats {
-    /// Memory-fault exits.
-    pub exits: u64,
-    /// Faults by userfaultfd: KVM's own accesses, and the VMM's.
-    pub faults: u64,
-    /// Of both, those for a page that somebody was bringing already.
-    pub joined: u64,
-    /// Of both, those for a page that was there when they were looked at.
-    pub present: u64,
-    /// Pages filled from the source.
-    pub filled: u64,
-    /// Pages that came as zero: holes of the source, and discarded ones.
-    pub zero: u64,
-    /// Pages that came unasked, beside one that was.
-    pub beside: u64,
-}
-
-/// What one thread has to itself: a cache line, so that no two share one.
-#[derive(Default)]
-#[repr(align(128))]
-struct Desk {
-    taken: AtomicBool,
-    /// Odd while its thread may be filling pages.
-    turn: AtomicU64,
-    exits: Counter,
-    faults: Counter,
-    joined: Counter,
-    present: Counter,
-    filled: Counter,
-    zero: Counter,
-    beside: Counter,
-}
-
 impl Resolver {
     /// Over memory whose guest view lies at the layout's addresses in this process, all of it absent: from here on every access
-    /// through the guest view waits until a [`Seat::serve`] runs. The guest view must not have been touched.
+    /// through the guest view waits until a [`Seat::serve`] runs. The guest view must be a shared mapping of `memory`, in pages of
+    /// 4 KiB, that has not been touched.
     ///
     /// `seats` is how many threads may bring pages: each vCPU, and one for the userfaultfd. Without a trap all accesses come by
     /// the userfaultfd.
@@ -197,27 +149,63 @@ impl Resolver {
         seats: usize,
         window: FaultWindow,
     ) -> Result<Arc<Self>, ResolverError> {
-        if layout.regions().iter().any(|region| region.page_size != PageSize::Small) {
-            return Err(ResolverError::HugePages);
-        }
-        source.admit(&layout)?;
+        admit(&layout, &*source)?;
         let view = MinorInstall::map(memory, &layout)?;
-        let uffd = Arc::new(Userfaultfd::create(Features::MINOR_SHMEM)?);
-        for region in layout.regions() {
-            // MINOR too: a page that is half filled is in the memory file already, and nobody may see it there.
-            uffd.register(region.hva, region.size, RegisterMode::MISSING | RegisterMode::MINOR)?;
-        }
-        Ok(Arc::new(Self {
+        // MINOR too: a page that is half written over is in the memory file already, and nobody may see it there.
+        let modes = RegisterMode::MISSING | RegisterMode::MINOR;
+        let uffd = registered(&layout, Features::MINOR_SHMEM, modes)?;
+        let ways = Ways {
+            // One call, where a write to the file and CONTINUE are two, and cost half as much again (1.6 and 2.4 us of CPU a page).
+            install: Box::new(CopyInstall::new(Arc::clone(&uffd))),
+            over: Some(Box::new(MinorInstall::new(Arc::clone(&uffd), view))),
+            messages: Some(uffd),
+            trap,
+        };
+        Ok(Self::with(layout, source, ways, seats, window))
+    }
+
+    /// The same over memory whose absent pages are a SIGBUS to whoever touches them (`UFFD_FEATURE_SIGBUS`), whose handler calls
+    /// [`Seat::touch`]; a system call that is handed such an address says EFAULT, and so does KVM_RUN where no trap caught the access.
+    /// Nobody has to serve anything.
+    ///
+    /// For anonymous memory, and shared memory of a file, in pages of 4 KiB; nobody may have touched it, by whichever view. In a
+    /// private mapping of a file a discarded page shows the file's.
+    ///
+    /// # Errors
+    /// [`ResolverError`].
+    pub fn by_signal(
+        layout: Layout,
+        source: Arc<dyn Source>,
+        trap: Option<Arc<dyn Trap>>,
+        seats: usize,
+        window: FaultWindow,
+    ) -> Result<Arc<Self>, ResolverError> {
+        admit(&layout, &*source)?;
+        let uffd = registered(&layout, Features::SIGBUS, RegisterMode::MISSING)?;
+        let ways = Ways { install: Box::new(CopyInstall::new(uffd)), over: None, messages: None, trap };
+        Ok(Self::with(layout, source, ways, seats, window))
+    }
+
+    fn with(
+        layout: Layout,
+        source: Arc<dyn Source>,
+        ways: Ways,
+        seats: usize,
+        window: FaultWindow,
+    ) -> Arc<Self> {
+        let Ways { install, over, messages, trap } = ways;
+        Arc::new(Self {
             pages: Pages::new(layout.pages()),
-            install: MinorInstall::new(Arc::clone(&uffd), view),
-            uffd,
             layout,
             source,
+            messages,
+            install,
+            over,
             trap,
-            waiters: Waiters::new(),
-            desks: (0..seats).map(|_| Desk::default()).collect(),
+            turns: Turns::new(WORDS),
+            desks: (0..seats).map(|_| Desk::new()).collect(),
             window,
-        }))
+        })
     }
 
     /// Arms the trap over every page that is not there. Before the first vCPU runs.
@@ -236,7 +224,7 @@ impl Resolver {
         if desk.taken.swap(true, Ordering::AcqRel) {
             return None;
         }
-        Some(Seat::new(Arc::clone(self), number, self.window.0 as usize))
+        Some(Seat::new(Arc::clone(self), number))
     }
 
     /// The regions.
@@ -251,20 +239,12 @@ impl Resolver {
 
     /// What has been done so far.
     pub fn stats(&self) -> ResolverStats {
-        let sum = |of: fn(&Desk) -> &Counter| self.desks.iter().map(|desk| of(desk).get()).sum();
-        ResolverStats {
-            exits: sum(|desk| &desk.exits),
-            faults: sum(|desk| &desk.faults),
-            joined: sum(|desk| &desk.joined),
-            present: sum(|desk| &desk.present),
-            filled: sum(|desk| &desk.filled),
-            zero: sum(|desk| &desk.zero),
-            beside: sum(|desk| &desk.beside),
-        }
+        ResolverStats::of(&self.desks)
     }
 
     /// Discards pages of one region: they read as zero from then on, and exit again where there is a trap. `punch` takes them out
-    /// of the memory file, and so out of every view (MADV_REMOVE, or fallocate(2) with PUNCH_HOLE). The guest may run meanwhile.
+    /// of the memory file, and so out of every view (MADV_REMOVE, or fallocate(2) with PUNCH_HOLE), or of anonymous memory
+    /// (MADV_DONTNEED). The guest may run meanwhile. Not to be called by a thread that is resolving.
     ///
     /// # Errors
     /// What `punch` says, or the trap; then the pages hold what they did, or zero.
@@ -273,19 +253,7 @@ impl Resolver {
             self.pages.remove(page);
         }
         // Whoever claimed one of them before may still write what the source has. Nobody does so any more after this.
-        for desk in &self.desks {
-            let turn = desk.turn.load(Ordering::Acquire);
-            let mut looks = 0;
-            while !turn.is_multiple_of(2) && desk.turn.load(Ordering::Acquire) == turn {
-                // Some microseconds, or as long as its source takes.
-                looks += 1;
-                if looks < 100 {
-                    std::thread::yield_now();
-                } else {
-                    std::thread::sleep(Duration::from_millis(1));
-                }
-            }
-        }
+        self.desks.iter().for_each(|desk| desk.stay.outlast());
         // Armed before the hole is there: punching it takes the pages away from KVM, and the next access exits.
         if let Some(trap) = &self.trap {
             trap.arm(&self.layout, pages.clone())?;
@@ -300,16 +268,46 @@ impl Resolver {
         if pages.is_empty() {
             return;
         }
-        let place = self.layout.place(pages.start);
-        // It fails for an unaligned or empty range alone.
-        let _ = self.uffd.wake(place.hva, u64::from(pages.end - pages.start) * 4096);
-        self.waiters.notify(&pages);
+        if let Some(uffd) = &self.messages {
+            let place = self.layout.place(pages.start);
+            // It fails for an unaligned or empty range alone.
+            let _ = uffd.wake(place.hva, u64::from(pages.end - pages.start) * place.page_size.bytes());
+        }
+        self.turns.over(pages);
     }
 
-    fn unresolved(&self, page: u32, reason: String) -> Unresolved {
+    fn unresolved(&self, page: u32, reason: Reason) -> Unresolved {
         let place = self.layout.place(page);
-        Unresolved { gpa: place.gpa.unwrap_or(place.hva), reason }
+        Unresolved { at: place.gpa.map_or(Address::Host(place.hva), Address::Guest), reason }
     }
+}
+
+/// How pages come, and how those who want one learn of it.
+struct Ways {
+    install: Box<dyn Install>,
+    over: Option<Box<dyn Install>>,
+    messages: Option<Arc<Userfaultfd>>,
+    trap: Option<Arc<dyn Trap>>,
+}
+
+fn admit(layout: &Layout, source: &dyn Source) -> Result<(), ResolverError> {
+    if layout.regions().iter().any(|region| region.page_size != PageSize::Small) {
+        return Err(ResolverError::HugePages);
+    }
+    Ok(source.admit(layout)?)
+}
+
+/// A userfaultfd over the guest view.
+fn registered(
+    layout: &Layout,
+    features: Features,
+    modes: RegisterMode,
+) -> Result<Arc<Userfaultfd>, ResolverError> {
+    let uffd = Userfaultfd::create(features)?;
+    for region in layout.regions() {
+        uffd.register(region.hva, region.size, modes)?;
+    }
+    Ok(Arc::new(uffd))
 }
 
 impl std::fmt::Debug for Resolver {

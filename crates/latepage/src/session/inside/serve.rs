@@ -1,7 +1,6 @@
 //! Accesses that no exit reports: KVM's own, and the VMM's through the guest view. They come by userfaultfd.
 
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::Arc;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
@@ -27,17 +26,21 @@ pub enum Told {
 
 impl Seat {
     /// Serves the userfaultfd until `stop` is readable. One thread of the VMM does so for as long as the VM lives, and touches
-    /// the guest view itself in no other way.
+    /// the guest view itself in no other way. Where accesses are signals, all that is left to do is to have the source look after
+    /// itself.
     ///
     /// # Errors
     /// The errno of poll(2) or of reading the userfaultfd.
     pub fn serve(&mut self, stop: BorrowedFd<'_>, mut tell: impl FnMut(Told)) -> Result<(), Errno> {
-        let uffd = Arc::clone(&self.resolver.uffd);
-        let mut delivery = UffdDelivery::new(Arc::clone(&uffd));
+        let uffd = self.resolver.messages.clone();
+        let mut delivery = uffd.clone().map(UffdDelivery::new);
         let mut batch = Batch::new(MESSAGES);
         loop {
-            let mut polled =
-                [PollFd::new(&stop, PollFlags::IN), PollFd::from_borrowed_fd(uffd.as_fd(), PollFlags::IN)];
+            let messages = uffd.as_ref().map_or(stop, |uffd| uffd.as_fd());
+            let mut polled = [
+                PollFd::from_borrowed_fd(stop, PollFlags::IN),
+                PollFd::from_borrowed_fd(messages, PollFlags::IN),
+            ];
             match rustix::event::poll(&mut polled, Some(&SECOND)) {
                 Ok(0) => {
                     self.resolver.source.check().into_iter().for_each(|notice| tell(Told::Source(notice)))
@@ -48,9 +51,9 @@ impl Seat {
             if !polled[0].revents().is_empty() {
                 return Ok(());
             }
-            let resolver = Arc::clone(&self.resolver);
+            let Some(delivery) = &mut delivery else { continue };
             batch.clear();
-            delivery.take(&resolver.layout, &mut batch).map_err(|error| error.errno)?;
+            delivery.take(&self.resolver.layout, &mut batch).map_err(|error| error.errno)?;
             self.desk().faults.add(batch.faults.len() as u64);
             for fault in &batch.faults {
                 match self.resolve(fault.page) {

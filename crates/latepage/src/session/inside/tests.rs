@@ -1,6 +1,8 @@
 //! Resolvers over a real userfaultfd, with threads for vCPUs: they call `exit` where a vCPU's access would come back to them, and
 //! then look at the guest view as it would.
 
+mod bits;
+
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Condvar, Mutex};
@@ -9,7 +11,7 @@ use rustix::event::EventfdFlags;
 
 use super::*;
 use crate::install::PageBitmap;
-use crate::memory::{PageState, Region};
+use crate::memory::{PageSize, PageState, Region};
 use crate::source::{Answer, SourceError};
 use crate::sys::mapping::Mapping;
 use crate::sys::memfd;
@@ -106,7 +108,10 @@ struct Inside {
 
 /// `None` where this process may make no userfaultfd.
 fn inside(source: Arc<Numbers>, window: u64) -> Option<Inside> {
-    let memory = memfd::create("guest", BYTES as u64).unwrap();
+    inside_of(memfd::create("guest", BYTES as u64).unwrap(), source, window)
+}
+
+fn inside_of(memory: OwnedFd, source: Arc<Numbers>, window: u64) -> Option<Inside> {
     let guest = Arc::new(Mapping::shared(memory.as_fd(), 0, BYTES).unwrap());
     let layout = Layout::new(vec![Region {
         gpa: Some(GPA),
@@ -291,7 +296,7 @@ fn a_page_that_cannot_be_had_is_an_error_for_all_who_want_it() {
                 let vm = &vm;
                 scope.spawn(move || {
                     let refused = vm.resolver.seat(thread).unwrap().exit(GPA + 5 * 4096).unwrap_err();
-                    assert_eq!(refused.gpa, GPA + 5 * 4096);
+                    assert_eq!(refused.at, Address::Guest(GPA + 5 * 4096));
                 });
             }
             source.until_asked(1);
@@ -305,4 +310,20 @@ fn a_page_that_cannot_be_had_is_an_error_for_all_who_want_it() {
     });
     assert!(told.is_empty(), "{told:?}");
     assert!(vm.bitmap.is_set(5));
+}
+
+#[test]
+fn what_the_memory_file_had_before_is_written_over_and_nobody_sees_it() {
+    let memory = memfd::create("guest", BYTES as u64).unwrap();
+    let stale = vec![0xEE; BYTES];
+    rustix::io::pwrite(&memory, &stale, 0).unwrap();
+    let Some(vm) = inside_of(memory, Numbers::new(true), 4096) else { return };
+    let mut seat = vm.resolver.seat(0).unwrap();
+    // 7 and 3 are holes of the source.
+    for page in [9, 8, 7, 3, 12] {
+        assert_eq!(vm.read(&mut seat, page), word(page), "page {page}");
+    }
+    vm.served(|| (0..PAGES).for_each(|page| assert_eq!(vm.guest.load(page as usize * 4096), word(page))));
+    let stats = vm.resolver.stats();
+    assert_eq!((stats.filled, stats.zero), (u64::from(PAGES) * 3 / 4, u64::from(PAGES) / 4));
 }

@@ -23,8 +23,22 @@ impl Word {
         self.value.load(Ordering::Acquire)
     }
 
+    pub(super) fn store(&self, value: u64) {
+        self.value.store(value, Ordering::Release);
+    }
+
     pub(super) fn advance(&self) {
         self.value.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// Stores a value, and returns the one before.
+    pub(super) fn swap(&self, value: u64) -> u64 {
+        self.value.swap(value, Ordering::AcqRel)
+    }
+
+    /// Stores a value where it is `seen`, or says what it is.
+    pub(super) fn exchange(&self, seen: u64, value: u64) -> Result<u64, u64> {
+        self.value.compare_exchange(seen, value, Ordering::AcqRel, Ordering::Acquire)
     }
 
     /// Sleeps while it is `seen`; or looks like it, for no reason.
@@ -50,4 +64,20 @@ impl Word {
             self.sleepers.1.notify_all();
         }
     }
+}
+
+/// Looks a few times whether there is anything to wait for: what is in memory comes within some microseconds.
+pub(super) fn looks_like_waiting(still: impl Fn() -> bool) -> bool {
+    /// Less than what a sleep and a wake cost.
+    #[cfg(not(loom))]
+    const LOOKS: u32 = 100;
+    #[cfg(loom)]
+    const LOOKS: u32 = 1;
+    for _ in 0..LOOKS {
+        if !still() {
+            return false;
+        }
+        std::hint::spin_loop();
+    }
+    true
 }

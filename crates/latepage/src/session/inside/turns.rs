@@ -1,6 +1,11 @@
 //! Waiting for a page that another thread is bringing.
+//!
+//! Who brings a page looks at one word to know that nobody waits, which is written only where somebody does: threads that bring
+//! pages of their own share no cache line that they write. No lock is taken, so that both may be done in a handler.
 
-use super::word::Word;
+use std::ops::Range;
+
+use super::word::{Word, looks_like_waiting};
 use crate::memory::atomic::{AtomicU64, Ordering, fence};
 
 /// Words to sleep on, each for a part of the pages.
@@ -8,7 +13,7 @@ use crate::memory::atomic::{AtomicU64, Ordering, fence};
 pub(super) struct Turns(Box<[Turn]>);
 
 #[derive(Debug)]
-#[repr(align(64))]
+#[repr(align(128))]
 struct Turn {
     waiting: AtomicU64,
     round: Word,
@@ -24,27 +29,35 @@ impl Turns {
         &self.0[page as usize % self.0.len()]
     }
 
-    /// Waits for a word on the page, unless `still` says that there is none to come any more.
+    /// Waits while `still` says that there is a word on the page to come, which [`over`](Self::over) gives.
     pub(super) fn wait(&self, page: u32, still: impl Fn() -> bool) {
+        if !looks_like_waiting(&still) {
+            return;
+        }
         let turn = self.of(page);
         turn.waiting.fetch_add(1, Ordering::AcqRel);
         // With the fence in `over`: of a page that settles and who comes to wait for it, one sees the other.
         fence(Ordering::SeqCst);
-        let round = turn.round.load();
-        if still() {
+        loop {
+            let round = turn.round.load();
+            if !still() {
+                break;
+            }
             turn.round.sleep(round);
         }
         turn.waiting.fetch_sub(1, Ordering::AcqRel);
     }
 
-    /// The page is nobody's any more: whoever waits for it looks again.
-    pub(super) fn over(&self, page: u32) {
-        let turn = self.of(page);
+    /// These pages, whose states have changed, are nobody's any more: whoever waits for one looks again.
+    pub(super) fn over(&self, pages: Range<u32>) {
         // With the fence in `wait`.
         fence(Ordering::SeqCst);
-        if turn.waiting.load(Ordering::Relaxed) > 0 {
-            turn.round.advance();
-            turn.round.wake();
+        for page in pages.take(self.0.len()) {
+            let turn = self.of(page);
+            if turn.waiting.load(Ordering::Relaxed) > 0 {
+                turn.round.advance();
+                turn.round.wake();
+            }
         }
     }
 }
