@@ -102,7 +102,7 @@ def test_exits_are_refused_where_the_kernel_has_none_and_the_message_says_what_l
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        ({"delivery": "exit", "guest": "threads"}, "only a guest on KVM"),
+        ({"delivery": "exit", "trap": "bitmap", "guest": "threads"}, "goes with a guest on KVM"),
         ({"trap": "bitmap"}, "goes with the delivery exit"),
         ({"backing": "anonymous"}, "it cannot be anonymous"),
         ({"window": 5000}, "multiple of 4096"),

@@ -164,6 +164,10 @@ impl VmError {
         Self::Call { call: "starting a thread", errno: Errno::from_io_error(source).unwrap_or(Errno::AGAIN) }
     }
 
+    pub(crate) fn trap_of_threads() -> Self {
+        Self::Config("a trap goes with a guest on KVM; the accesses of threads come back by a signal".into())
+    }
+
     pub(crate) fn signal(source: &io::Error) -> Self {
         Self::Call { call: "sigaction", errno: Errno::from_io_error(source).unwrap_or(Errno::INVAL) }
     }

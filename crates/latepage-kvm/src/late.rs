@@ -1,6 +1,7 @@
 //! Memory that the VMM itself brings, late: vCPUs' threads resolve their own exits, and a thread serves the userfaultfd over the guest
 //! view, through which KVM's own accesses come, and the VMM's.
 
+use std::fmt;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
@@ -9,8 +10,9 @@ use std::thread::{self, JoinHandle};
 
 use latepage::install::{PageBitmap, Trap};
 use latepage::session::{FaultWindow, Resolver, ResolverError, ResolverStats, Seat, Told};
-use latepage::source::FileSource;
-use rustix::event::EventfdFlags;
+use latepage::source::{FileSource, Source};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
+use rustix::io::Errno;
 use serde::Serialize;
 
 use crate::config::LateMemory;
@@ -31,19 +33,21 @@ pub enum Delivery {
     /// By userfaultfd, all of them.
     #[default]
     Uffd,
-    /// A vCPU's by a memory-fault exit, resolved on its own thread; others by userfaultfd.
+    /// A vCPU's by a memory-fault exit, resolved on its own thread; others by userfaultfd. Those of threads by a signal, all of them.
     Exit,
     /// A vCPU's by a memory-fault exit, which its own thread posts to a pager; others by userfaultfd.
     Notify,
 }
 
 /// See the module.
-#[derive(Debug)]
 pub(crate) struct Late {
     resolver: Arc<Resolver>,
     delivery: Delivery,
     memory_file: PathBuf,
     kind: Option<TrapKind>,
+    /// Whether accesses come back to whoever makes them, as a signal.
+    by_signal: bool,
+    source: Arc<dyn Source>,
     bitmap: Option<Arc<PageBitmap>>,
     attributes: Option<Arc<Attributes>>,
     vcpus: usize,
@@ -60,7 +64,7 @@ pub struct LateReport {
     pub trap: Option<TrapKind>,
     /// Where pages come from.
     pub memory_file: PathBuf,
-    /// Memory-fault exits.
+    /// Accesses that came back to the thread that made them: memory-fault exits, or signals.
     pub exits: u64,
     /// Faults by userfaultfd: KVM's own accesses, the VMM's, and vCPUs' where there are no exits.
     pub faults: u64,
@@ -102,12 +106,10 @@ impl Late {
                 ));
             }
             (Delivery::Exit, GuestKind::Kvm) => Some(TrapKind::choose(config.trap)?),
-            (Delivery::Exit, _) => {
-                return Err(VmError::Config(
-                    "only a guest on KVM has memory-fault exits; threads take the delivery uffd".into(),
-                ));
-            }
+            (Delivery::Exit, _) if config.trap.is_some() => return Err(VmError::trap_of_threads()),
+            (Delivery::Exit, _) => None,
         };
+        let by_signal = config.delivery == Delivery::Exit && trap.is_none();
         let window = match config.window {
             None => FaultWindow::default(),
             Some(bytes) => FaultWindow::bytes(bytes).map_err(VmError::Config)?,
@@ -129,15 +131,19 @@ impl Late {
             (None, None) => None,
         };
         let refused = |why: String| VmError::LateMemory { path: config.memory_file.clone(), why };
-        let source =
+        let source: Arc<dyn Source> =
             Arc::new(FileSource::open(&config.memory_file).map_err(|error| refused(error.to_string()))?);
-        let resolver =
-            Resolver::new(layout, file, source, armed, vcpus + 1, window).map_err(|error| match error {
-                ResolverError::Userfaultfd(error) => VmError::Userfaultfd(error),
-                ResolverError::Register(error) => VmError::Register(error),
-                ResolverError::Map(error) => VmError::Map(error),
-                error @ (ResolverError::Source(_) | ResolverError::HugePages) => refused(error.to_string()),
-            })?;
+        let kept = Arc::clone(&source);
+        let resolver = match by_signal {
+            true => Resolver::by_signal(layout, source, None, vcpus + 1, window),
+            false => Resolver::new(layout, file, source, armed, vcpus + 1, window),
+        };
+        let resolver = resolver.map_err(|error| match error {
+            ResolverError::Userfaultfd(error) => VmError::Userfaultfd(error),
+            ResolverError::Register(error) => VmError::Register(error),
+            ResolverError::Map(error) => VmError::Map(error),
+            error @ (ResolverError::Source(_) | ResolverError::HugePages) => refused(error.to_string()),
+        })?;
         let stop = rustix::event::eventfd(0, EventfdFlags::CLOEXEC)
             .map_err(|errno| VmError::call("eventfd", errno))?;
         Ok(Self {
@@ -145,6 +151,8 @@ impl Late {
             delivery: config.delivery,
             memory_file: config.memory_file.clone(),
             kind: trap,
+            by_signal,
+            source: kept,
             bitmap,
             attributes,
             vcpus,
@@ -173,19 +181,25 @@ impl Late {
 impl Supply for Late {
     /// Serves the userfaultfd from now on. A page that cannot be had fails the VM.
     fn start(&self, control: &Arc<Control>) -> Result<(), VmError> {
-        let mut seat = self.resolver.seat(self.vcpus).expect("no vCPU has that number");
         let stop = self.stop.try_clone().map_err(|source| VmError::thread(&source))?;
-        let control = Arc::clone(control);
-        let server = thread::Builder::new().name("late-memory".into()).spawn(move || {
-            let served = seat.serve(stop.as_fd(), |told| match told {
-                Told::Unresolved(unresolved) => control.cannot_go_on(unresolved.to_string()),
-                // What matters of it comes as a page that cannot be had.
-                Told::Source(_) => {}
-            });
-            if let Err(errno) = served {
-                control.cannot_go_on(format!("the userfaultfd cannot be served any more: {errno}"));
-            }
-        });
+        let named = thread::Builder::new().name("late-memory".into());
+        let server = if self.by_signal {
+            let source = Arc::clone(&self.source);
+            named.spawn(move || look_after(&*source, &stop))
+        } else {
+            let mut seat = self.resolver.seat(self.vcpus).expect("no vCPU has that number");
+            let control = Arc::clone(control);
+            named.spawn(move || {
+                let served = seat.serve(stop.as_fd(), |told| match told {
+                    Told::Unresolved(unresolved) => control.cannot_go_on(unresolved.to_string()),
+                    // What matters of it comes as a page that cannot be had.
+                    Told::Source(_) => {}
+                });
+                if let Err(errno) = served {
+                    control.cannot_go_on(format!("the userfaultfd cannot be served any more: {errno}"));
+                }
+            })
+        };
         let server = server.map_err(|source| VmError::thread(&source))?;
         *self.server.lock().unwrap_or_else(PoisonError::into_inner) = Some(server);
         Ok(())
@@ -207,12 +221,14 @@ impl Supply for Late {
     }
 
     fn seat(&self, index: usize) -> Option<Box<dyn supply::Seat>> {
-        let seat = self.kind.and_then(|_| self.resolver.seat(index))?;
+        let comes_back = self.kind.is_some() || self.by_signal;
+        let seat = comes_back.then(|| self.resolver.seat(index))??;
         Some(Box::new(seat))
     }
 
     fn visitors(&self) -> Option<Box<dyn supply::Seat>> {
-        None
+        let seat = self.by_signal.then(|| self.resolver.seat(self.vcpus))??;
+        Some(Box::new(seat))
     }
 
     fn discard(&self, control: &Control, offset: u64, length: u64) -> Result<(), VmError> {
@@ -230,6 +246,12 @@ impl Supply for Late {
     }
 }
 
+impl fmt::Debug for Late {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Late").field("memory_file", &self.memory_file).finish_non_exhaustive()
+    }
+}
+
 impl supply::Seat for Seat {
     fn exit(&mut self, gpa: u64, _: &AtomicBool) -> Came {
         match Seat::exit(self, gpa) {
@@ -238,8 +260,22 @@ impl supply::Seat for Seat {
         }
     }
 
-    fn touch(&mut self, _: u64) -> bool {
-        false
+    fn touch(&mut self, address: u64) -> bool {
+        Seat::touch(self, address).is_ok()
+    }
+}
+
+/// Has the source look after its files once a second, where nobody serves faults who does so beside that.
+fn look_after(source: &dyn Source, stop: &OwnedFd) {
+    const SECOND: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
+    loop {
+        let mut polled = [PollFd::new(stop, PollFlags::IN)];
+        match rustix::event::poll(&mut polled, Some(&SECOND)) {
+            // What matters of it comes as a page that cannot be had.
+            Ok(0) => drop(source.check()),
+            Err(Errno::INTR) => {}
+            Ok(_) | Err(_) => return,
+        }
     }
 }
 

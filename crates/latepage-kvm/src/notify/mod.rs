@@ -106,11 +106,7 @@ impl Notify {
         };
         let by_signal = kind == GuestKind::Threads;
         let trap = match by_signal {
-            true if config.trap.is_some() => {
-                return Err(VmError::Config(
-                    "a trap goes with a guest on KVM; the accesses of threads come back by a signal".into(),
-                ));
-            }
+            true if config.trap.is_some() => return Err(VmError::trap_of_threads()),
             true => None,
             false => Some(TrapKind::choose(config.trap)?),
         };
