@@ -116,5 +116,8 @@ fn a_balloon_may_discard_while_the_guest_verifies() {
 #[test]
 fn a_trap_is_for_guests_on_kvm() {
     let refused = Saved::new(1).restore(None, Some(TrapKind::Bitmap)).unwrap_err();
-    assert!(refused.to_string().contains("goes with a guest on KVM") && refused.kind() == "usage", "{refused}");
+    assert!(
+        refused.to_string().contains("goes with a guest on KVM") && refused.kind() == "usage",
+        "{refused}"
+    );
 }

@@ -163,6 +163,10 @@ impl Install for BitmapInstall {
         self.inner.fill_exposes()
     }
 
+    fn may_hold_anything(&self) -> bool {
+        self.inner.may_hold_anything()
+    }
+
     /// A page that is there is not exposed by this: what is in it has yet to be seen to.
     fn zero(&self, layout: &Layout, pages: Range<u32>) -> Outcome {
         let outcome = self.inner.zero(layout, pages.clone());

@@ -8,6 +8,7 @@ mod bitmap;
 mod copy;
 mod fill;
 mod minor;
+mod shared;
 #[cfg(test)]
 mod tests;
 mod trap;
@@ -26,6 +27,7 @@ pub use copy::CopyInstall;
 pub(crate) use copy::ZEROS;
 pub use fill::FillInstall;
 pub use minor::MinorInstall;
+pub use shared::SharedInstall;
 pub use trap::Trap;
 pub use view::InstallView;
 
@@ -89,6 +91,11 @@ pub trait Install: Send + Sync {
 
     /// Whether [`fill`](Self::fill) exposes too.
     fn fill_exposes(&self) -> bool;
+
+    /// Whether the memory may hold something at a page that nobody has brought. [`zero`](Self::zero) stops there, and does not expose it.
+    fn may_hold_anything(&self) -> bool {
+        !self.fill_exposes()
+    }
 
     /// Puts zero pages where there is nothing, and exposes them.
     fn zero(&self, layout: &Layout, pages: Range<u32>) -> Outcome;

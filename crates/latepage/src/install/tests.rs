@@ -7,7 +7,7 @@ use std::sync::Arc;
 use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
 
-use super::{CopyInstall, Install, MinorInstall, Outcome, Stop};
+use super::{CopyInstall, Install, InstallView, MinorInstall, Outcome, SharedInstall, Stop};
 use crate::memory::{Layout, PageSize, Region};
 use crate::sys::mapping::Mapping;
 use crate::sys::memfd;
@@ -168,6 +168,31 @@ fn zero_in_a_file_that_has_the_page_is_already_there() {
     install.fill(&made.layout, 1, &[7; PAGE]);
     assert_eq!(install.zero(&made.layout, 1..2), DONE(1));
     assert_eq!(made.view.load(PAGE), 0);
+}
+
+#[test]
+fn a_copy_into_shared_memory_never_leaves_what_its_file_had_there() {
+    let Some(made) = made(Of::Shared, 8) else { return };
+    let stale = made.minor();
+    stale.fill(&made.layout, 2, &[9; 4 * PAGE]);
+    let view = InstallView::map(made.file.as_ref().unwrap(), &made.layout).unwrap();
+    let install = SharedInstall::new(Arc::clone(&made.uffd), view);
+    assert!(install.fill_exposes() && install.may_hold_anything());
+    // Up to the first page that the file has, and then one by one.
+    assert_eq!(install.fill(&made.layout, 0, &[1; 4 * PAGE]), DONE(2));
+    assert_eq!(install.fill(&made.layout, 2, &[2; 2 * PAGE]), DONE(1));
+    let contents = Mapping::anonymous(2 * PAGE).unwrap();
+    contents.write(0, &[3; 2 * PAGE]);
+    assert_eq!(install.fill_window(&made.layout, 3, contents.window(0, 2 * PAGE)), DONE(1));
+    // Zero is told of it, and removed pages keep it.
+    assert_eq!(install.zero(&made.layout, 4..6), STOPPED(Stop::AlreadyThere));
+    assert_eq!(install.expose(&made.layout, 4..5), DONE(1));
+    assert_eq!(install.fill(&made.layout, 5, &[0; PAGE]), DONE(1));
+    assert_eq!(install.fill_window(&made.layout, 6, contents.window(0, 2 * PAGE)), DONE(2));
+    let seen: Vec<u8> = (0..8).map(|page| made.view.load(page * PAGE) as u8).collect();
+    assert_eq!(seen, [1, 1, 2, 3, 9, 0, 3, 3]);
+    // What the guest sees already is somebody's.
+    assert_eq!(install.fill(&made.layout, 7, &[4; PAGE]), STOPPED(Stop::AlreadyThere));
 }
 
 #[test]

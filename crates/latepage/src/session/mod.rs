@@ -35,7 +35,9 @@ use std::time::Instant;
 use crate::attachment::{Backing, Form, Hello, Notify};
 use crate::delivery::channel::ChannelDelivery;
 use crate::delivery::{Batch, Delivery, UffdDelivery};
-use crate::install::{BitmapInstall, CopyInstall, FillInstall, Install, InstallView, MinorInstall};
+use crate::install::{
+    BitmapInstall, CopyInstall, FillInstall, Install, InstallView, MinorInstall, SharedInstall,
+};
 use crate::memory::{Layout, Pages, Shards};
 use crate::source::Source;
 use crate::stats::Stats;
@@ -191,7 +193,7 @@ impl Session {
         };
         // Any of them may have to park the faults of all vCPUs; that each has is not worth room for it from the start.
         let threads = vcpus as usize / divided.len() + 8;
-        let ways = ways(&divided, userfaultfds, view, notify).into_iter().enumerate();
+        let ways = ways(backing, &divided, userfaultfds, view, notify).into_iter().enumerate();
         let shards: Box<[Shard]> = ways
             .map(|(shard, (install, mut deliveries))| {
                 if pages.is_handed() {
@@ -367,6 +369,7 @@ impl Session {
 
 /// How pages come into a VM, and how its faults come here, for each shard, by what it handed over.
 fn ways(
+    backing: Backing,
     divided: &Shards,
     userfaultfds: Vec<Userfaultfd>,
     view: Option<InstallView>,
@@ -381,7 +384,9 @@ fn ways(
         let uffd = Arc::new(userfaultfd);
         let delivery = UffdDelivery::over(Arc::clone(&uffd), divided.pages(shard));
         let install: Box<dyn Install> = match &view {
-            Some(view) => Box::new(MinorInstall::new(uffd, Arc::clone(view))),
+            // Until the guest writes to it, a page of private memory is its file's.
+            Some(view) if backing == Backing::Private => Box::new(MinorInstall::new(uffd, Arc::clone(view))),
+            Some(view) => Box::new(SharedInstall::new(uffd, Arc::clone(view))),
             None => Box::new(CopyInstall::new(uffd)),
         };
         (install, Deliveries::new(vec![Box::new(delivery)]))

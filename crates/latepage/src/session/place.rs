@@ -168,7 +168,7 @@ impl Session {
         let unit = self.unit(run.start);
         let mut steps = Steps::new(run);
         while let Some(step) = steps.next() {
-            let by_hand = !core.install.fill_exposes();
+            let by_hand = core.install.may_hold_anything();
             let outcome = core.install.zero(&self.layout, step.clone());
             core.waiting.starved &= outcome.pages == 0;
             self.settle(core, step.start..step.start + outcome.pages, true, demand);
