@@ -53,8 +53,8 @@ test-python: build wheel sdist ## Python's tests, the doc pages and the docstrin
 lab: build ## tests/lab inside two kernels of our own, with memory-fault exits (docs/lab.md)
 	@lab/build
 	cargo build --package latepage-examples --locked --quiet
-	lab/run stock -- $(BIN)/pytest tests/lab
-	lab/run userfault -- $(BIN)/pytest tests/lab
+	LAB_TIMEOUT=1800 lab/run stock -- $(BIN)/pytest tests/lab
+	LAB_TIMEOUT=1800 lab/run userfault -- $(BIN)/pytest tests/lab
 
 # Freestanding: no library, no start files, no vector registers, nothing but what stands in the folder.
 GUEST := $(CARGO_TARGET_DIR)/guest.elf
