@@ -1,8 +1,8 @@
 /* Threads that touch shared memory whose pages come late, each touch timed, and the least that can bring them, by each delivery.
  *
- *   throng uffd FILE BYTES [option]...      a process beside this one reads userfaultfds, many messages at once, and continues
- *   throng thread FILE BYTES [option]...    SIGBUS comes back to the thread, which fills the page and continues
- *   throng channel FILE BYTES [option]...   SIGBUS comes back, the thread posts in shared memory and waits; a process fills
+ *   throng uffd FILE BYTES [option]...      a process beside this one reads userfaultfds, many messages at once, and copies
+ *   throng thread FILE BYTES [option]...    SIGBUS comes back to the thread, which copies the page
+ *   throng channel FILE BYTES [option]...   SIGBUS comes back, the thread posts in shared memory and waits; a process fills, it continues
  *
  *   threads=N (1)   touches=N (all pages), in random order   seed=N   cpu=N, server_cpu=N: pinned there
  *   shards=N (1): so many userfaultfds over slices   servers=N (1): threads that read them
@@ -55,6 +55,13 @@ static void expose(int userfaultfd, uint64_t at)
 	CHECK(ioctl(userfaultfd, UFFDIO_CONTINUE, &range) == 0 || errno == EEXIST || errno == ESRCH || errno == ENOENT);
 }
 
+/* Both in one call. */
+static void copy(int userfaultfd, uint64_t at)
+{
+	struct uffdio_copy page = {.dst = (uintptr_t)vm.memory + at, .src = (uintptr_t)contents + at, .len = PAGE};
+	CHECK(ioctl(userfaultfd, UFFDIO_COPY, &page) == 0 || errno == EEXIST || errno == ESRCH || errno == ENOENT);
+}
+
 static void futex(uint32_t *word, int what, uint32_t value)
 {
 	syscall(SYS_futex, word, what, value, NULL, NULL, 0);
@@ -78,8 +85,7 @@ static void *serve_userfaultfds(void *argument)
 			ssize_t got = read(ready[i].data.fd, message, sizeof message);
 			for (ssize_t k = 0; k < got / (ssize_t)sizeof *message; k++) {
 				uint64_t at = (message[k].arg.pagefault.address - (uintptr_t)vm.memory) & ~(PAGE - 1);
-				fill(at);
-				expose(ready[i].data.fd, at);
+				copy(ready[i].data.fd, at);
 			}
 		}
 	}
@@ -133,18 +139,16 @@ static void on_sigbus(int signal, siginfo_t *info, void *context)
 {
 	uint64_t at = ((uintptr_t)info->si_addr - (uintptr_t)vm.memory) & ~(PAGE - 1);
 	(void)signal, (void)context;
-	if (way == THREAD) {
-		fill(at);
-	} else {
-		struct slot *slot = &channel->slots[number_of_thread];
-		slot->page = (uint32_t)(at / PAGE);
-		__atomic_store_n(&slot->state, 1, __ATOMIC_RELEASE);
-		__atomic_fetch_or(&channel->posted[number_of_thread / 64], 1ull << number_of_thread % 64, __ATOMIC_SEQ_CST);
-		if (__atomic_load_n(&channel->armed, __ATOMIC_SEQ_CST) && __atomic_exchange_n(&channel->armed, 0, __ATOMIC_SEQ_CST))
-			CHECK(write(bell, &(uint64_t){1}, 8) == 8);
-		while (__atomic_load_n(&slot->state, __ATOMIC_ACQUIRE) == 1)
-			futex(&slot->state, FUTEX_WAIT, 1);
-	}
+	if (way == THREAD)
+		return copy(userfaultfds[0], at);
+	struct slot *slot = &channel->slots[number_of_thread];
+	slot->page = (uint32_t)(at / PAGE);
+	__atomic_store_n(&slot->state, 1, __ATOMIC_RELEASE);
+	__atomic_fetch_or(&channel->posted[number_of_thread / 64], 1ull << number_of_thread % 64, __ATOMIC_SEQ_CST);
+	if (__atomic_load_n(&channel->armed, __ATOMIC_SEQ_CST) && __atomic_exchange_n(&channel->armed, 0, __ATOMIC_SEQ_CST))
+		CHECK(write(bell, &(uint64_t){1}, 8) == 8);
+	while (__atomic_load_n(&slot->state, __ATOMIC_ACQUIRE) == 1)
+		futex(&slot->state, FUTEX_WAIT, 1);
 	expose(userfaultfds[0], at);
 }
 
