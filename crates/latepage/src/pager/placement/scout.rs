@@ -6,6 +6,8 @@ use std::sync::{Arc, OnceLock, Weak};
 use std::thread::{JoinHandle, Thread};
 use std::time::{Duration, Instant};
 
+use rustix::time::{ClockId, clock_gettime};
+
 use super::super::Shared;
 use super::super::worker::Worker;
 use super::tasks::Tasks;
@@ -27,6 +29,10 @@ const WORTH_A_LOOK: u32 = 256;
 /// each time, since its own is the worker's.
 const STAYS: u32 = 1;
 const RESTLESS: Duration = Duration::from_millis(200);
+/// A look that took more CPU is dear: a VM of hundreds of threads takes ten milliseconds. It is paid for with so many times as long a
+/// rest, so that looking never takes more than three hundredths of a core from those who fault.
+const DEAR: Duration = Duration::from_micros(500);
+const REST: u32 = 32;
 /// A worker that serves fewer faults a second is left alone: nobody would notice.
 const LIVELY: u64 = 500;
 /// Most of a worker's work: three quarters.
@@ -153,13 +159,14 @@ impl Round {
         while self.wait_for_call() {
             let (mut idle, mut pause, mut lively) = (0, FIRST, false);
             self.count();
-            self.watch_caller();
+            let ((), mut owed) = with_rest(|| self.watch_caller());
             while idle < PATIENCE {
-                if !self.rest(pause) {
+                if !self.rest(pause.max(owed)) {
                     return;
                 }
                 let Some(shared) = self.shared.upgrade() else { return };
-                let Seen { workers, changed } = self.look(&shared);
+                let (Seen { workers, changed }, rest) = with_rest(|| self.look(&shared));
+                owed = rest;
                 idle = if workers == 0 { idle + 1 } else { 0 };
                 lively |= workers > 0;
                 let longest = SELDOM.max(self.interval * WORTH_A_LOOK);
@@ -169,7 +176,7 @@ impl Round {
             self.watched.clear();
             self.counts.clear();
             deaf = if lively { DEAF } else { (deaf * 2).min(DEAF_AT_MOST) };
-            std::thread::park_timeout(deaf);
+            std::thread::park_timeout(deaf.max(owed));
         }
     }
 
@@ -329,6 +336,23 @@ impl Round {
     }
 }
 
+/// Runs a look, and says how long a rest is owed after it.
+fn with_rest<R>(look: impl FnOnce() -> R) -> (R, Duration) {
+    let before = cpu_time();
+    let seen = look();
+    (seen, rest_after(cpu_time().saturating_sub(before)))
+}
+
+fn rest_after(took: Duration) -> Duration {
+    if took > DEAR { took * REST } else { Duration::ZERO }
+}
+
+/// CPU of this thread so far: a look that had to wait for a core was not dear.
+fn cpu_time() -> Duration {
+    let time = clock_gettime(ClockId::ThreadCPUTime);
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+}
+
 /// What a look came to.
 struct Seen {
     /// Workers that one VM keeps busy.
@@ -341,6 +365,18 @@ struct Seen {
 mod tests {
     use super::*;
     use crate::sys::sched::Cores;
+
+    #[test]
+    fn a_dear_look_is_followed_by_a_rest_and_a_cheap_one_by_none() {
+        assert_eq!(rest_after(Duration::from_micros(80)), Duration::ZERO);
+        assert_eq!(rest_after(Duration::from_millis(10)), Duration::from_millis(320));
+        let busy = || {
+            let before = cpu_time();
+            while cpu_time() - before <= DEAR {}
+        };
+        let ((), rest) = with_rest(busy);
+        assert!(rest > DEAR * REST, "{rest:?}");
+    }
 
     #[test]
     fn a_worker_whose_next_core_is_gone_does_not_stay_on_the_one_before() {
