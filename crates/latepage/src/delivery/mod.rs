@@ -119,6 +119,9 @@ pub trait Delivery: Send {
     /// Pages that cannot be had were poisoned, which has woken those whom the kernel knows to wait. Whoever else waits here is told.
     fn failed(&mut self, _layout: &Layout, _pages: Range<u32>) {}
 
+    /// Each fault that was taken last has been seen to: who was released since then, and was to be woken together with others, is woken.
+    fn served(&mut self) {}
+
     /// A descriptor that polls readable when there is something to take.
     fn descriptor(&self) -> BorrowedFd<'_>;
 }

@@ -42,6 +42,11 @@ impl Deliveries {
         }
     }
 
+    /// The faults that were taken last have been seen to: nobody who was released sleeps on.
+    pub(super) fn served(&mut self) {
+        self.0.iter_mut().for_each(|delivery| delivery.served());
+    }
+
     /// A descriptor of each, that polls readable when there is something to take.
     pub(super) fn descriptors(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         self.0.iter().map(|delivery| delivery.descriptor())

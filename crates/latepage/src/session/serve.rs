@@ -133,6 +133,7 @@ impl Session {
                 self.fault_with(core, &mut scratch.bytes, fault, also, wait);
             }
             core.fresh.end();
+            core.deliveries.served();
             while let Some(surprise) = scratch.batch.surprises.pop() {
                 self.surprised(core, surprise, since);
             }

@@ -206,6 +206,32 @@ fn what_nobody_waits_for_is_completed_without_harm() {
 }
 
 #[test]
+fn who_is_released_among_others_wakes_with_the_last_of_a_few_or_when_that_is_asked_for() {
+    // As many as are woken together, then a few: nobody looks but when he is woken, and a wake that lacks is a hang.
+    let channel = Channel::new(8, 8).unwrap();
+    let mut reader = read(&channel).unwrap();
+    let mut seats: Vec<Seat> = (0..8).map(|slot| channel.seat(slot).unwrap()).collect();
+    for (threads, asks) in [(8, false), (3, true)] {
+        std::thread::scope(|scope| {
+            for (seat, page) in seats.iter_mut().zip(0..threads) {
+                scope.spawn(move || {
+                    seat.post(&fault(page)).unwrap();
+                    assert_eq!(seat.wait(0, None), Waited::Over(Completion::Done(page..page + 1)));
+                });
+            }
+            let mut taken = 0;
+            while taken < threads {
+                reader.take(8, |_, _| taken += 1);
+            }
+            (0..threads).for_each(|page| reader.release_among_others(&(page..page + 1)));
+            if asks {
+                reader.wake();
+            }
+        });
+    }
+}
+
+#[test]
 fn bits_of_slots_that_there_are_not_are_passed_by() {
     let channel = Channel::new(70, 8).unwrap();
     let mut reader = read(&channel).unwrap();

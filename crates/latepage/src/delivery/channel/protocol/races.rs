@@ -159,6 +159,40 @@ fn loom_a_slot_is_posted_to_again_as_soon_as_it_was_completed() {
     });
 }
 
+/// The same, waking once for all that were taken together.
+fn serve_together(reader: &mut Reader<Side>, memory: &Memory, mut faults: usize) {
+    while faults > 0 {
+        let mut pages = Vec::new();
+        let more = reader.take(8, |_, request| pages.push(request.pages()));
+        faults -= pages.len();
+        pages.iter().for_each(|page| reader.release_among_others(page));
+        reader.wake();
+        if !more {
+            memory.sleep_until_rung();
+        }
+    }
+}
+
+#[test]
+fn loom_nobody_who_is_woken_with_others_sleeps_on() {
+    explore(3, || {
+        let memory = Memory::new(2);
+        let vcpus = [posts(&memory, 0, 1..2), posts(&memory, 1, 4..5)];
+        serve_together(&mut reader(&memory), &memory, 2);
+        vcpus.into_iter().for_each(|vcpu| vcpu.join().unwrap());
+    });
+}
+
+#[test]
+fn loom_who_is_woken_with_others_has_perhaps_posted_again() {
+    explore(4, || {
+        let memory = Memory::new(1);
+        let vcpu = posts(&memory, 0, 1..3);
+        serve_together(&mut reader(&memory), &memory, 2);
+        vcpu.join().unwrap();
+    });
+}
+
 #[test]
 fn loom_of_two_that_post_neither_hides_the_other() {
     explore(3, || {
@@ -176,6 +210,7 @@ enum Dies {
     AfterItTook,
     Asleep,
     BeforeItWoke,
+    BeforeItWokeThemTogether,
 }
 
 fn killed(memory: &Arc<Memory>, dies: Dies) {
@@ -196,6 +231,11 @@ fn killed(memory: &Arc<Memory>, dies: Dies) {
             for page in pages {
                 first.release(&page);
             }
+        }
+        Dies::BeforeItWokeThemTogether => {
+            let mut pages = Vec::new();
+            let _ = first.take(8, |_, request| pages.push(request.pages()));
+            pages.iter().for_each(|page| first.release_among_others(page));
         }
     }
 }
@@ -218,7 +258,14 @@ fn serve_all(memory: &Memory, reader: &mut Reader<Side>, gone: &AtomicU64) {
 
 #[test]
 fn loom_a_reader_finds_what_the_one_before_left_wherever_that_one_died() {
-    for dies in [Dies::AfterItCleared, Dies::AfterItTook, Dies::Asleep, Dies::BeforeItWoke] {
+    let deaths = [
+        Dies::AfterItCleared,
+        Dies::AfterItTook,
+        Dies::Asleep,
+        Dies::BeforeItWoke,
+        Dies::BeforeItWokeThemTogether,
+    ];
+    for dies in deaths {
         explore(4, move || {
             let memory = Memory::new(1);
             let gone = Arc::new(AtomicU64::new(0));

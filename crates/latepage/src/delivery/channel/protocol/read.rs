@@ -8,6 +8,12 @@ use super::slot::{Completion, Kind, Request, State};
 use super::taken::Taken;
 use crate::memory::atomic::{AtomicU64, Ordering, fence};
 
+/// Pages after whose release their waiters are woken, and the most waiters that are woken together.
+///
+/// A thread that is woken wants to run, on the reader's core where there is no other, and the reader's work waits then. Eight pages are
+/// filled in about the time that a wake-up takes: that is what the first one loses at most.
+pub(super) const TOGETHER: usize = 8;
+
 /// The one reader of a channel. That there is one only, whoever makes it sees to.
 ///
 /// Everything in the memory may have been written by a stranger, at any time. It is bounded in what it makes a reader do: each
@@ -26,6 +32,10 @@ pub struct Reader<S: Shared> {
     taken: Taken,
     /// Slots whose removals have been handed on, and their posts' numbers and pages.
     removals: Vec<(u32, u32, Range<u32>)>,
+    /// Slots that have been completed, and whose owners are woken with the next ones.
+    unwoken: Vec<u32>,
+    /// Pages that were released since somebody was last woken.
+    released: usize,
 }
 
 impl<S: Shared> Reader<S> {
@@ -43,13 +53,19 @@ impl<S: Shared> Reader<S> {
             naps,
             taken: Taken::new(shape.slots()),
             removals: Vec::with_capacity(shape.slots() as usize),
+            unwoken: Vec::with_capacity(TOGETHER),
+            released: 0,
             shared,
         };
         for slot in 0..shape.slots() {
             let state = State(reader.word(slot, layout::slot::STATE).load(Ordering::Acquire));
             if state.waits() {
                 reader.note(slot);
-            } else if reader.word(slot, layout::slot::SLEEPS).load(Ordering::Relaxed) != 0 {
+                continue;
+            }
+            // As in `wake`: the one before may have died before its fence.
+            fence(Ordering::SeqCst);
+            if reader.word(slot, layout::slot::SLEEPS).load(Ordering::Relaxed) != 0 {
                 // The one before completed it, and died before it woke its owner.
                 reader.shared.wake(shape.slot(slot, layout::slot::STATE));
             }
@@ -88,8 +104,9 @@ impl<S: Shared> Reader<S> {
     /// handed out before counts as done with by now, as far as it was a removal, and is completed.
     pub fn take(&mut self, room: usize, mut found: impl FnMut(u32, Request)) -> bool {
         self.disarm();
+        self.wake();
         while let Some((slot, number, pages)) = self.removals.pop() {
-            self.complete(slot, number, &Completion::Done(pages));
+            self.complete_one(slot, number, &Completion::Done(pages));
         }
         // What was found is handed out before anything is looked for: otherwise the first slots, whose owners post again at once, would
         // always be ahead of the last ones.
@@ -152,7 +169,7 @@ impl<S: Shared> Reader<S> {
     }
 
     /// Takes a slot's request. `None` where there is none (any more), or it makes no sense; then it has been refused.
-    fn take_slot(&self, slot: u32) -> Option<(u32, Request)> {
+    fn take_slot(&mut self, slot: u32) -> Option<(u32, Request)> {
         let word = self.word(slot, layout::slot::STATE);
         let state = State(word.load(Ordering::Acquire));
         // One that an earlier reader had taken is taken anew. Our own is not: it has been handed out.
@@ -166,7 +183,7 @@ impl<S: Shared> Reader<S> {
         word.compare_exchange(state.0, taken.0, Ordering::AcqRel, Ordering::Relaxed).ok()?;
         let request = Request::read(words, self.shape);
         if request.is_none() {
-            self.complete(slot, state.number(), &Completion::Refused);
+            self.complete_one(slot, state.number(), &Completion::Refused);
         }
         Some((state.number(), request?))
     }
@@ -197,11 +214,40 @@ impl<S: Shared> Reader<S> {
     /// Completes every request for a page of these: all of them have been seen to.
     pub fn release(&mut self, pages: &Range<u32>) {
         self.complete_all(pages, &Completion::Done(pages.clone()));
+        self.wake();
+    }
+
+    /// The same, where more will be released in a moment: their owners may sleep on until a few can be woken together, and until
+    /// [`wake`](Self::wake) at the latest, which must follow.
+    pub fn release_among_others(&mut self, pages: &Range<u32>) {
+        self.complete_all(pages, &Completion::Done(pages.clone()));
+        self.released += pages.len();
+        if self.released >= TOGETHER {
+            self.wake();
+        }
+    }
+
+    /// Wakes who was released among others, and has not been woken yet.
+    pub fn wake(&mut self) {
+        self.released = 0;
+        if self.unwoken.is_empty() {
+            return;
+        }
+        // With the fence between an owner's falling asleep and his last look: one of the two sees the other.
+        fence(Ordering::SeqCst);
+        for slot in self.unwoken.drain(..) {
+            // He may have seen it himself, and may even sleep for another page by now: then he looks once for nothing.
+            let word = |word| self.shape.slot(slot, word);
+            if self.shared.word(word(layout::slot::SLEEPS)).load(Ordering::Relaxed) != 0 {
+                self.shared.wake(word(layout::slot::STATE));
+            }
+        }
     }
 
     /// Completes every request for a page of these: they cannot be had.
     pub fn fail(&mut self, pages: &Range<u32>) {
         self.complete_all(pages, &Completion::Failed);
+        self.wake();
     }
 
     fn complete_all(&mut self, pages: &Range<u32>, completion: &Completion) {
@@ -211,38 +257,46 @@ impl<S: Shared> Reader<S> {
         if pages.len() <= self.shape.slots() as usize {
             for page in pages.clone() {
                 while let Some((slot, number)) = self.taken.pop(page) {
-                    self.complete(slot, number, completion);
+                    self.complete_soon(slot, number, completion);
                 }
             }
         } else {
             for slot in 0..self.shape.slots() {
                 if let Some((slot, number)) = self.taken.pop_slot(slot, pages) {
-                    self.complete(slot, number, completion);
+                    self.complete_soon(slot, number, completion);
                 }
             }
         }
     }
 
-    /// Completes the post of that number, if it still waits, and wakes its owner if he sleeps.
-    fn complete(&self, slot: u32, number: u32, completion: &Completion) {
+    fn complete_one(&mut self, slot: u32, number: u32, completion: &Completion) {
+        self.complete_soon(slot, number, completion);
+        self.wake();
+    }
+
+    /// Completes a post; its owner is woken with others.
+    fn complete_soon(&mut self, slot: u32, number: u32, completion: &Completion) {
+        if self.complete(slot, number, completion) {
+            self.unwoken.push(slot);
+            if self.unwoken.len() == TOGETHER {
+                self.wake();
+            }
+        }
+    }
+
+    /// Completes the post of that number, if it still waits. Whether it did; its owner, who may sleep, is to be woken then.
+    fn complete(&self, slot: u32, number: u32, completion: &Completion) -> bool {
         let taken = State::new(Kind::Taken, number, self.generation);
         let done = State::new(Kind::Done, number, self.generation);
         let state = self.word(slot, layout::slot::STATE);
         if state.load(Ordering::Relaxed) != taken.0 {
             // Given up. What stands beside it may be the answer to a later post, which nobody must write over.
-            return;
+            return false;
         }
         let [filled, result] = completion.words();
         // Should it be given up just now, a later post has its answer written here again before anyone looks: by this reader.
         self.word(slot, layout::slot::FILLED).store(filled, Ordering::Relaxed);
         self.word(slot, layout::slot::RESULT).store(result, Ordering::Relaxed);
-        if state.compare_exchange(taken.0, done.0, Ordering::AcqRel, Ordering::Relaxed).is_err() {
-            return;
-        }
-        // With the fence between its owner's falling asleep and his last look: one of the two sees the other.
-        fence(Ordering::SeqCst);
-        if self.word(slot, layout::slot::SLEEPS).load(Ordering::Relaxed) != 0 {
-            self.shared.wake(self.shape.slot(slot, layout::slot::STATE));
-        }
+        state.compare_exchange(taken.0, done.0, Ordering::AcqRel, Ordering::Relaxed).is_ok()
     }
 }
