@@ -128,13 +128,14 @@ class Crowds:
             except LackingError as why:
                 self.bench.leave_out(f"scale, one thread, {placement}", why)
                 continue
-            kept = None if other is None else (other,)
+            # A thread that spins on the pager's core keeps it from what it waits for.
+            kept, spins = (None, 0) if other is None else ((other,), None)
             with Pager(self.bench.socket(), self.memory, "--fault-around", "4KiB", *flags, cores=kept) as pager:
                 touches = touches_of(self.bench, 1)
                 uffd, notify = (f"{delivery}, 1 thread, {placement}" for delivery in ("uffd", "notify"))
                 ways = [
                     Way(uffd, partial(ours, "uffd", self.memory, touches, 1, pager, core=core), peer=True),
-                    Way(notify, partial(ours, "notify", self.memory, touches, 1, pager, core=core)),
+                    Way(notify, partial(ours, "notify", self.memory, touches, 1, pager, spins, core)),
                 ]
                 half = (part[1] - part[0]) / 2
                 within = (part[0] + number * half, part[0] + (number + 1) * half)
