@@ -3,14 +3,17 @@
 mod vmm;
 
 use std::ops::Range;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use latepage::attachment::Backing;
 use latepage::memory::PageState;
 use latepage::pager::{Config, What};
-use latepage::session::{FaultAround, Policy};
+use latepage::session::{FaultAround, OnMissing, Policy, Population};
 use latepage::source::{Answer, Source, SourceError};
+use latepage::sys::fdpass;
 use vmm::child::{Holdings, Vmm, alone};
 use vmm::guest::{Guest, Make};
 use vmm::serving::{Serving, policy, populating};
@@ -376,6 +379,57 @@ fn a_vm_whose_userfaultfds_are_not_over_the_shards_that_it_named_is_killed_in_wo
         let What::Failed { reason, .. } = failed else { unreachable!() };
         assert_eq!(reason, "its userfaultfd was announced for another shard of the memory");
         assert_eq!(serving.ended("vm"), "gone");
+    }
+}
+
+#[test]
+fn a_userfaultfd_that_was_never_set_up_takes_no_good_one_with_it() {
+    need_userfaultfd!();
+    for (on_missing, action, signal) in [(OnMissing::Kill, "killed", 9), (OnMissing::Poison, "poisoned", 7)] {
+        let mut serving = serving(2, 64, Policy { on_missing, ..Policy::default() });
+        let mut vm = Vmm::start();
+        vm.tell("guest anonymous 64 2");
+        vm.say(&format!("connect-unset {} vm", serving.socket.display()));
+        let (reason, done) = serving.refused();
+        assert!(reason.starts_with("descriptor 0 is a userfaultfd that was never set up"), "{reason}");
+        assert_eq!(done, action);
+        if on_missing == OnMissing::Poison {
+            // Of the second shard, over which there is a good one.
+            assert_eq!(vm.hear(), "ok");
+            vm.say("touch 40");
+        }
+        assert_eq!(vm.ended_by(), Some(signal));
+    }
+}
+
+#[test]
+fn a_userfaultfd_of_a_dead_process_is_not_taken_for_the_end_of_the_vm() {
+    need_userfaultfd!();
+    for on_missing in [OnMissing::Kill, OnMissing::Poison] {
+        let population = Population::Background;
+        let mut serving = serving(2, 64, Policy { on_missing, population, ..Policy::default() });
+        let path = serving.directory.file("lender");
+        let lender = UnixListener::bind(&path).unwrap();
+        let mut helper = Vmm::start();
+        helper.tell("guest anonymous 64");
+        helper.tell(&format!("send {} borrow", path.display()));
+        let borrowed = vmm::received(&lender.accept().unwrap().0);
+        helper.kill();
+        assert_eq!(helper.ended_by(), Some(9));
+        let mut vm = Vmm::start();
+        vm.tell("guest anonymous 64 2");
+        vm.say(&format!("connect-borrowed {} vm {}", serving.socket.display(), path.display()));
+        let (stream, _) = lender.accept().unwrap();
+        fdpass::send(&stream, b"x", &[borrowed.as_fd()]).unwrap();
+        // Population meets it: nothing can be installed by it, poison neither.
+        assert_eq!(vm.ended_by(), Some(9), "{on_missing:?}");
+        let failed = serving.ever("failed", |what| matches!(what, What::Failed { page: None, .. }));
+        let What::Failed { reason, action, .. } = failed else { unreachable!() };
+        assert_eq!(reason, "the memory behind its userfaultfd is gone, and behind another one's it is not");
+        assert_eq!(action, "killed");
+        assert_eq!(serving.ended("vm"), "gone");
+        let told = serving.so_far().iter().filter(|what| matches!(what, What::Failed { .. })).count();
+        assert_eq!(told, 1);
     }
 }
 

@@ -58,7 +58,7 @@ pub(super) fn put_together(
     Ok(Parts { userfaultfds: userfaultfds.collect(), memory, notify })
 }
 
-/// Each must be one, that can be polled, and another one than those before: two readers of one would take each other's events.
+/// Each must be one, that is set up and can be polled, and another one than those before: two readers of one would take each other's events.
 fn check_userfaultfds(descriptors: &[OwnedFd], positions: &[usize]) -> Result<(), RefusalReason> {
     let mut seen: Vec<(u64, usize)> = Vec::with_capacity(positions.len());
     for position in positions {
@@ -80,6 +80,9 @@ fn check_userfaultfd(descriptor: &OwnedFd, position: usize) -> Result<(), Refusa
     }
     if !rustix::fs::fcntl_getfl(descriptor).is_ok_and(|flags| flags.contains(OFlags::NONBLOCK)) {
         return Err(RefusalReason::Blocking { position });
+    }
+    if Userfaultfd::descriptor_polls_an_error(descriptor.as_fd()) {
+        return Err(RefusalReason::NotSetUp { position });
     }
     Ok(())
 }

@@ -173,6 +173,14 @@ pub enum RefusalReason {
         /// Its place among the descriptors, from 0.
         position: usize,
     },
+    /// No range of memory can be registered with it, so that it can have no faults.
+    #[error(
+        "descriptor {position} is a userfaultfd that was never set up: call UFFDIO_API on it, and register its memory, before sending it"
+    )]
+    NotSetUp {
+        /// Its place among the descriptors, from 0.
+        position: usize,
+    },
     /// The memory file is none, or cannot be trusted.
     #[error("the memory descriptor: {0}")]
     Memory(#[from] NotSealed),

@@ -404,10 +404,15 @@ impl Thread {
         let shards = slot.shards.len();
         for shard in 0..shards {
             let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
-            let faults = |fd: BorrowedFd<'_>| watch(fd, FAULTS + shard as u64, flags).is_ok();
-            if !session.with_descriptors(share.shard(shard), faults) {
-                // A userfaultfd whose creator has not done UFFDIO_API cannot be polled, and can have no faults.
-                session.finish(crate::session::End::Gone);
+            let mut refused = None;
+            let faults = |fd: BorrowedFd<'_>| {
+                refused = watch(fd, FAULTS + shard as u64, flags).err();
+                refused.is_none()
+            };
+            session.with_descriptors(share.shard(shard), faults);
+            if let Some(errno) = refused {
+                // The VM lives, and so may its other shards. fs.epoll.max_user_watches says how many may be watched.
+                session.not_watched(share.shard(shard), errno);
             }
         }
         self.places.insert(id, at);

@@ -71,17 +71,35 @@ impl Session {
         LetGo::Done
     }
 
-    /// Whether the VM's memory is gone, and with it the session. Asked at every sign of its death.
+    /// Whether the VM lives. Asked at every sign of its death: where all of its memory is gone, so is the session.
     pub fn check_alive(self: &Arc<Self>) -> bool {
         let seen = || self.with_process(PidFd::has_ended) == Some(false);
         let lives =
             |core: &mut Core| if core.install.knows_memory() { core.install.has_memory() } else { seen() };
-        // All its userfaultfds are over the memory of one process.
-        let alive = self.briefly(0, lives).unwrap_or(false);
-        if !alive {
+        let gone: Vec<usize> =
+            (0..self.shards()).filter(|shard| !self.briefly(*shard, lives).unwrap_or(false)).collect();
+        let Some(first) = gone.first() else { return true };
+        if !self.others_have_memory(*first) {
+            self.finish(End::Gone);
+            return false;
+        }
+        for shard in gone {
+            self.briefly(shard, |core| self.lost_memory(core));
+        }
+        self.end().is_none()
+    }
+
+    /// The memory behind a shard's userfaultfd is gone, as when the VM ends. Only if that is so of every shard, has it ended: a session that
+    /// is over closes its userfaultfds, and a VM that lived would go on with pages of zeros.
+    pub(super) fn lost_memory(&self, core: &mut Core) {
+        if self.others_have_memory(self.divided.of(core.pages.start)) {
+            self.unserved(
+                core,
+                "the memory behind its userfaultfd is gone, and behind another one's it is not",
+            );
+        } else {
             self.finish(End::Gone);
         }
-        alive
     }
 
     /// Reports every fault that has waited longer than the policy's limit.

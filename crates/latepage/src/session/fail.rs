@@ -1,13 +1,17 @@
 //! What cannot be had: the VM is killed, or the page poisoned, or it is held and reported. Never a zero page.
 
 use std::ops::Range;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 use std::time::Instant;
+
+use rustix::io::Errno;
 
 use super::place::Demand;
 use super::policy::OnMissing;
 use super::report::{Action, Report};
 use super::{Core, Scratch, Session};
+use crate::delivery::DeliveryError;
 use crate::install::Stop;
 use crate::memory::PageState;
 use crate::stats::{FaultResult, PageClass};
@@ -72,6 +76,38 @@ impl Session {
         self.host.report(self, Report::Failed { hva, page: None, reason: reason.to_owned(), action });
     }
 
+    /// A shard whose faults do not come, or whose pages cannot be installed: whoever waits there waits for ever, and what the VM still
+    /// lacks there is treated as its policy says. Told once for a session, which goes on: its userfaultfds must not be closed.
+    pub(super) fn unserved(&self, core: &mut Core, reason: &str) {
+        if self.end().is_some() {
+            return;
+        }
+        let action = match self.policy.on_missing {
+            OnMissing::Kill => self.kill(),
+            OnMissing::Poison => self.poison_lacking(core),
+        };
+        if !self.lost.swap(true, Ordering::Relaxed) {
+            self.stats.counters.failures.add(1);
+            let hva = self.layout.place(core.pages.start).hva;
+            self.host.report(self, Report::Failed { hva, page: None, reason: reason.to_owned(), action });
+        }
+    }
+
+    /// Faults cannot be taken. Of a VM that has ended, none come.
+    pub(super) fn not_delivered(&self, core: &mut Core, error: &DeliveryError) {
+        if core.install.has_memory() {
+            self.unserved(core, &format!("its faults cannot be taken: {error}"));
+        } else {
+            self.lost_memory(core);
+        }
+    }
+
+    /// Nobody can be told when a shard's faults come: its descriptor cannot be polled.
+    pub fn not_watched(&self, shard: usize, errno: Errno) {
+        let reason = format!("its userfaultfd cannot be polled: {errno}");
+        self.briefly(shard, |core| self.unserved(core, &reason));
+    }
+
     /// Kills the VM.
     pub fn kill(&self) -> Action {
         Action::by_killing(self.pid, self.process.lock().unwrap_or_else(PoisonError::into_inner).as_ref())
@@ -92,7 +128,11 @@ impl Session {
                     core.deliveries.release(&self.layout, at..at + 1);
                     at += 1;
                 }
-                Some(Stop::Gone) => return Some(Action::Killed),
+                // Nothing is left of it, or there is a living part, which poison does not reach by this.
+                Some(Stop::Gone) => {
+                    let part = self.others_have_memory(self.divided.of(core.pages.start));
+                    return Some(if part { self.kill() } else { Action::Killed });
+                }
                 Some(Stop::Busy) => return None,
                 Some(_) => return Some(self.kill()),
             }

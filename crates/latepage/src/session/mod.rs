@@ -28,8 +28,8 @@ mod waiting;
 
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::time::Instant;
 
 use crate::attachment::{Backing, Form, Hello, Notify};
@@ -154,6 +154,8 @@ pub struct Session {
     /// Slices of population since the VM had its last fault, as far as that counts.
     calm: AtomicU32,
     end: OnceLock<End>,
+    /// Whether it was reported that a shard cannot be served.
+    lost: AtomicBool,
     divided: Shards,
     shards: Box<[Shard]>,
     /// Shards that have not been taken down.
@@ -195,14 +197,14 @@ impl Session {
         let threads = vcpus as usize / divided.len() + 8;
         let ways = ways(backing, &divided, userfaultfds, view, notify).into_iter().enumerate();
         let shards: Box<[Shard]> = ways
-            .map(|(shard, (install, mut deliveries))| {
+            .map(|(shard, (install, mut deliveries, userfaultfd))| {
                 if pages.is_handed() {
                     // The kernel delivers a fault once: what a reader before took from the userfaultfd, and left, is raised anew.
                     for region in 0..layout.regions().len() {
                         deliveries.release(&layout, layout.region_pages(region));
                     }
                 }
-                Shard::new(Core {
+                let core = Core {
                     pages: divided.pages(shard),
                     deliveries,
                     install,
@@ -211,7 +213,8 @@ impl Session {
                     fresh: Fresh::new(Scratch::MESSAGES),
                     served: Instant::now(),
                     forked: Vec::new(),
-                })
+                };
+                Shard::new(core, userfaultfd)
             })
             .collect();
         let name = name.unwrap_or_else(|| match peer.pid {
@@ -239,6 +242,7 @@ impl Session {
             process: Mutex::new(peer.process),
             socket: Mutex::new(peer.socket),
             end: OnceLock::new(),
+            lost: AtomicBool::new(false),
             divided,
             up: AtomicUsize::new(shards.len()),
             shards,
@@ -367,29 +371,34 @@ impl Session {
     }
 }
 
-/// How pages come into a VM, and how its faults come here, for each shard, by what it handed over.
+/// How pages come into a VM, how its faults come here, and the userfaultfd of both, where several shards have one each.
+type Ways = (Box<dyn Install>, Deliveries, Weak<Userfaultfd>);
+
+/// The ways of each shard, by what a VM handed over.
 fn ways(
     backing: Backing,
     divided: &Shards,
     userfaultfds: Vec<Userfaultfd>,
     view: Option<InstallView>,
     notify: Option<Notify>,
-) -> Vec<(Box<dyn Install>, Deliveries)> {
+) -> Vec<Ways> {
     let view = view.map(Arc::new);
     if let Some(notify) = notify {
-        return vec![posted(userfaultfds.into_iter().next(), view, notify)];
+        let (install, deliveries) = posted(userfaultfds.into_iter().next(), view, notify);
+        return vec![(install, deliveries, Weak::new())];
     }
     assert_eq!(userfaultfds.len(), divided.len(), "a VM with shards and no userfaultfd for each");
     let by_userfaultfd = |(shard, userfaultfd)| {
         let uffd = Arc::new(userfaultfd);
         let delivery = UffdDelivery::over(Arc::clone(&uffd), divided.pages(shard));
+        let known = Arc::downgrade(&uffd);
         let install: Box<dyn Install> = match &view {
             // Until the guest writes to it, a page of private memory is its file's.
             Some(view) if backing == Backing::Private => Box::new(MinorInstall::new(uffd, Arc::clone(view))),
             Some(view) => Box::new(SharedInstall::new(uffd, Arc::clone(view))),
             None => Box::new(CopyInstall::new(uffd)),
         };
-        (install, Deliveries::new(vec![Box::new(delivery)]))
+        (install, Deliveries::new(vec![Box::new(delivery)]), known)
     };
     userfaultfds.into_iter().enumerate().map(by_userfaultfd).collect()
 }

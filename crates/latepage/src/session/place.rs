@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use super::answer::vouched;
-use super::report::{End, Report};
+use super::report::Report;
 use super::steps::Steps;
 use super::{Core, Session};
 use crate::attachment::Backing;
@@ -249,7 +249,7 @@ impl Session {
     fn stopped(&self, core: &mut Core, run: Range<u32>, stop: Stop, demand: Demand) {
         let demanded = demand.filter(|(page, _)| run.contains(page));
         match (stop, demanded) {
-            (Stop::Gone, _) => self.finish(End::Gone),
+            (Stop::Gone, _) => self.lost_memory(core),
             (Stop::Busy, Some((page, wait))) => core.waiting.park(page, wait.since),
             (Stop::NoMemory, demanded) => {
                 if !std::mem::replace(&mut core.waiting.starved, true) {

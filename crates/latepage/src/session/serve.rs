@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use super::batch::side_by_side;
 use super::place::Wait;
-use super::report::{End, Report};
+use super::report::Report;
 use super::{Core, Scratch, Session};
 use crate::delivery::{Fault, FaultFlags, Surprise};
 use crate::memory::{Claim, PageState};
@@ -107,8 +107,8 @@ impl Session {
         let (mut more, mut removed, mut served) = (false, 0u32, 0);
         for _ in 0..BATCHES {
             self.stats.counters.reads.add(1);
-            if core.deliveries.take(&self.layout, &mut scratch.batch).is_err() {
-                self.finish(End::Gone);
+            if let Err(error) = core.deliveries.take(&self.layout, &mut scratch.batch) {
+                self.not_delivered(core, &error);
                 return Served::NOTHING;
             }
             let since = Instant::now();

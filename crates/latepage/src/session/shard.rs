@@ -6,20 +6,28 @@
 //! steps: the page table, the statistics, what is owed, the end.
 
 use std::os::fd::BorrowedFd;
-use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
+use std::sync::{PoisonError, Weak};
 
 use super::gate::Gate;
 use super::{Core, Session};
+use crate::sys::uffd::Userfaultfd;
 
 /// A slice of a VM's memory, and who serves it just now.
 pub(super) struct Shard {
     pub(super) gate: Gate<Option<Core>>,
+    /// Its userfaultfd, for whoever is inside another shard's gate; it goes with what is inside this one's.
+    userfaultfd: Weak<Userfaultfd>,
 }
 
 impl Shard {
-    pub(super) fn new(core: Core) -> Self {
-        Self { gate: Gate::new(Some(core)) }
+    pub(super) fn new(core: Core, userfaultfd: Weak<Userfaultfd>) -> Self {
+        Self { gate: Gate::new(Some(core)), userfaultfd }
+    }
+
+    /// Whether the memory behind its userfaultfd still exists. Asks outside the gate, since nothing is changed by it.
+    fn has_memory(&self) -> bool {
+        self.userfaultfd.upgrade().is_some_and(|userfaultfd| userfaultfd.has_memory())
     }
 }
 
@@ -37,6 +45,13 @@ impl Session {
     /// One past the last page that can come in one run with this one: of its region, and of its shard.
     pub(super) fn run_end(&self, page: u32) -> u32 {
         self.layout.region_end(page).min(self.divided.pages(self.divided.of(page)).end)
+    }
+
+    /// Whether the memory behind another shard's userfaultfd than this one's still exists. The memory of one process ends all at once:
+    /// where this shard's was gone *before* this is asked, the userfaultfds are not over the memory of one process.
+    pub(super) fn others_have_memory(&self, shard: usize) -> bool {
+        let others = self.shards.iter().enumerate().filter(|(other, _)| *other != shard);
+        others.into_iter().any(|(_, other)| other.has_memory())
     }
 
     /// Calls `look` with each descriptor of a shard that polls readable when faults wait, until it answers no; not at all once the

@@ -692,3 +692,45 @@ fn a_run_that_goes_down_grows_as_well_where_all_comes_anyway() {
     assert!(alone <= 9, "{alone} faults");
     assert!(faults_downwards(Population::Background).unwrap() <= alone);
 }
+
+/// A session of two shards in this process, of which the second has memory.
+fn halves(first: Userfaultfd) -> (Arc<Session>, Log) {
+    let second = Userfaultfd::create(Features::empty()).unwrap();
+    let region = Region { gpa: None, hva: 1 << 30, size: 8 * 4096, offset: 0, page_size: PageSize::Small };
+    let layout = Layout::new(vec![region]).unwrap();
+    let hello = Hello {
+        form: Form::Latepage,
+        name: None,
+        vcpus: 1,
+        backing: Backing::Anonymous,
+        shards: Shards::equal(&layout, 2).unwrap(),
+        layout,
+        userfaultfds: vec![first, second],
+        memory: None,
+        notify: None,
+    };
+    let log = Log::default();
+    let peer = Peer { pid: Some(std::process::id()), process: None, socket: None };
+    let host = Arc::new(Ear(Arc::clone(&log)));
+    (Session::new(1, hello, peer, Arc::new(Ones), Policy::default(), host).unwrap(), log)
+}
+
+#[test]
+fn a_shard_that_cannot_be_served_does_not_end_the_session_of_another_that_can() {
+    let Ok(unset) = Userfaultfd::open_by_device().or_else(|_| Userfaultfd::open_by_syscall()) else {
+        eprintln!("skipped: no right to a userfaultfd");
+        return;
+    };
+    let held = ["failed None held: the VM is part of the pager's own process"];
+    // Its faults cannot be read; nor has it memory, as the VM that has ended has none.
+    let (session, log) = halves(unset);
+    for _ in 0..2 {
+        session.serve(0, &mut Scratch::new());
+        assert!(session.check_alive());
+    }
+    assert_eq!((session.end(), &log.lock().unwrap()[..]), (None, &held.map(str::to_owned)[..]));
+    // Nobody would be told of its faults.
+    let (session, log) = halves(Userfaultfd::create(Features::empty()).unwrap());
+    session.not_watched(0, Errno::NOSPC);
+    assert_eq!((session.end(), &log.lock().unwrap()[..]), (None, &held.map(str::to_owned)[..]));
+}

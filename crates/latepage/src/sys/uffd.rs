@@ -520,9 +520,15 @@ impl Userfaultfd {
         self.memory() != OwnersMemory::Gone
     }
 
-    fn polls_an_error(&self) -> bool {
+    /// Whether polling it says so: UFFDIO_API was never done on it, or it blocks. No fault can be waited for then.
+    pub(crate) fn polls_an_error(&self) -> bool {
+        Self::descriptor_polls_an_error(self.as_fd())
+    }
+
+    /// The same, of a userfaultfd that is only looked at.
+    pub(crate) fn descriptor_polls_an_error(descriptor: BorrowedFd<'_>) -> bool {
         use rustix::event::{PollFd, PollFlags, Timespec};
-        let mut polled = [PollFd::new(&self.fd, PollFlags::IN)];
+        let mut polled = [PollFd::from_borrowed_fd(descriptor, PollFlags::IN)];
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
         rustix::event::poll(&mut polled, Some(&now)).is_ok() && polled[0].revents().contains(PollFlags::ERR)
     }

@@ -124,6 +124,25 @@ pub fn obey() {
                 sockets.push(guest.connect_with(Path::new(words[1]), words[2], &sent));
                 "ok".to_owned()
             }
+            // With one that was never set up in the first one's place.
+            "connect-unset" => {
+                let guest = guest.as_ref().unwrap();
+                let unset = unset();
+                let mut sent: Vec<_> = guest.userfaultfds().collect();
+                sent[0] = unset.as_fd();
+                sockets.push(guest.connect_with(Path::new(words[1]), words[2], &sent));
+                "ok".to_owned()
+            }
+            // With another process's, which comes from the socket of the last word, in the first one's place.
+            "connect-borrowed" => {
+                let guest = guest.as_ref().unwrap();
+                let lender = UnixStream::connect(words[3]).unwrap();
+                let borrowed = super::received(&lender);
+                let mut sent: Vec<_> = guest.userfaultfds().collect();
+                sent[0] = borrowed.as_fd();
+                sockets.push(guest.connect_with(Path::new(words[1]), words[2], &sent));
+                "ok".to_owned()
+            }
             "connect" => {
                 let form =
                     if words.get(3) == Some(&"firecracker") { Form::Firecracker } else { Form::Latepage };
@@ -142,7 +161,7 @@ pub fn obey() {
             }
             // A userfaultfd that was never set up.
             "send-unset" => {
-                let uffd = Userfaultfd::open_by_device().or_else(|_| Userfaultfd::open_by_syscall()).unwrap();
+                let uffd = unset();
                 sockets.push(say(Path::new(words[1]), words[2..].join(" ").as_bytes(), &[uffd.as_fd()]));
                 "ok".to_owned()
             }
@@ -184,6 +203,11 @@ pub fn obey() {
         }
     }
     std::process::exit(0);
+}
+
+/// A userfaultfd on which nobody has called UFFDIO_API.
+fn unset() -> Userfaultfd {
+    Userfaultfd::open_by_device().or_else(|_| Userfaultfd::open_by_syscall()).unwrap()
 }
 
 /// Runs `body` in a process of its own, in which nothing else runs: for counting what it holds.

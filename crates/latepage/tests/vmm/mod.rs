@@ -10,12 +10,16 @@ pub mod serving;
 pub mod snapshot;
 pub mod trap;
 
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::sync::{Condvar, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use latepage::sys::fdpass;
 use latepage::sys::uffd::Userfaultfd;
+use rustix::event::{PollFd, PollFlags, Timespec};
 
 /// How long a test waits for what must come.
 pub const BOUND: Duration = Duration::from_secs(60);
@@ -94,6 +98,15 @@ impl Latch {
         let (open, _) = self.changed.wait_timeout_while(open, BOUND, |open| !*open).unwrap();
         assert!(*open, "the latch was never opened");
     }
+}
+
+/// The one descriptor that comes by a socket.
+pub fn received(socket: &UnixStream) -> OwnedFd {
+    let mut polled = [PollFd::new(socket, PollFlags::IN)];
+    let bound = Timespec { tv_sec: BOUND.as_secs() as i64, tv_nsec: 0 };
+    assert_eq!(rustix::event::poll(&mut polled, Some(&bound)), Ok(1), "no descriptor came");
+    let mut received = fdpass::receive(socket, &mut [0; 64]).unwrap();
+    received.descriptors.pop().expect("a descriptor")
 }
 
 /// Waits, yielding, for what another thread must bring about soon.

@@ -12,15 +12,14 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use super::{Fed, Hello, Incoming, Refusal, RefusalReason};
 use crate::sys::memfd;
-use crate::sys::uffd::Userfaultfd;
+use crate::sys::uffd::{Features, Userfaultfd};
 
 /// A userfaultfd as a VMM would send it, or `None` with the reason printed.
 fn userfaultfd() -> Option<OwnedFd> {
-    let made = Userfaultfd::open_by_device().or_else(|_| Userfaultfd::open_by_syscall());
-    match made {
+    match Userfaultfd::create(Features::empty()) {
         Ok(made) => Some(OwnedFd::from(made)),
-        Err(errno) => {
-            println!("skipped: no userfaultfd on this machine: {errno}");
+        Err(error) => {
+            println!("skipped: {error}");
             None
         }
     }

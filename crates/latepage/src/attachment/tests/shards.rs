@@ -8,7 +8,7 @@ use super::super::{Fed, Incoming, Refusal, RefusalReason, shards};
 use super::{feed, file, hello, refusal, sealed, userfaultfd};
 use crate::memory::{Layout, PageSize, Region, Shards};
 use crate::sys::mapping::Mapping;
-use crate::sys::uffd::{Features, RegisterMode};
+use crate::sys::uffd::{Features, RegisterMode, Userfaultfd};
 
 const SIZE: u64 = 1 << 20;
 
@@ -119,6 +119,19 @@ fn the_same_userfaultfd_for_two_shards_is_refused() {
     assert_eq!(
         refused(&document(3, json!([third, third, 2 * third])), sent),
         "descriptors 0 and 2 are the same userfaultfd: make one for each shard"
+    );
+}
+
+#[test]
+fn a_userfaultfd_that_was_never_set_up_is_refused_by_its_place_and_the_good_ones_are_kept() {
+    let Some(mut sent) = several(2) else { return };
+    let unset = Userfaultfd::open_by_device().or_else(|_| Userfaultfd::open_by_syscall()).unwrap();
+    sent.insert(1, OwnedFd::from(unset));
+    let third = SIZE / 4;
+    assert_eq!(
+        refused(&document(3, json!([third, third, 2 * third])), sent),
+        "descriptor 1 is a userfaultfd that was never set up: call UFFDIO_API on it, and register its memory, before \
+         sending it"
     );
 }
 
