@@ -22,7 +22,7 @@ use crate::control::Control;
 use crate::error::VmError;
 use crate::event::Event;
 use crate::memory::{Backing, GuestMemory};
-use crate::shards::{Divided, ShardCount, divide};
+use crate::shards::{Divided, Room, ShardCount, divide};
 
 /// What is needed to attach a VM to a pager.
 #[derive(Clone, Debug)]
@@ -34,6 +34,8 @@ pub(crate) struct Attach<'a> {
     pub(crate) shards: Option<ShardCount>,
     pub(crate) name: &'a str,
     pub(crate) vcpus: u32,
+    /// For userfaultfds.
+    pub(crate) room: Room,
 }
 
 /// The VM's end of its life with a pager. Our userfaultfds are second references to what the pager got: were the pager's the
@@ -60,7 +62,8 @@ impl PagerLink {
             }
             None => (Features::EVENT_REMOVE, RegisterMode::MISSING),
         };
-        let Divided { shards, note } = divide(attach.shards, attach.form, attach.vcpus, &layout)?;
+        let Divided { shards, note } =
+            divide(attach.shards, attach.form, attach.vcpus, &layout, attach.room)?;
         let userfaultfds = shards::create(&layout, &shards, features, mode)?;
         let failed = |source| VmError::Pager { path: attach.socket.to_path_buf(), source };
         let socket = UnixStream::connect(attach.socket).map_err(failed)?;

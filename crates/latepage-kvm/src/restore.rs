@@ -10,7 +10,9 @@ use crate::error::VmError;
 use crate::expectation::Expectations;
 use crate::handshake::{Attach, PagerLink};
 use crate::layout::GuestLayout;
+use crate::machine::GuestKind;
 use crate::memory::{Backing, GuestMemory};
+use crate::shards::Room;
 use crate::snapshot::{self, SavedJob};
 use crate::vm::after;
 
@@ -67,6 +69,7 @@ pub(crate) fn attach(
     memory: &GuestMemory,
     name: &str,
     vcpus: u32,
+    kind: GuestKind,
 ) -> Result<Option<PagerLink>, VmError> {
     let MemoryFrom::Pager { socket, handshake, send_memory, shards } = &config.memory else {
         return Ok(None);
@@ -88,5 +91,8 @@ pub(crate) fn attach(
         (None, Form::Firecracker) => false,
         (None, Form::Latepage) => memory.backing() == Backing::Shared,
     };
-    PagerLink::attach(memory, &Attach { socket, form, send_memory, shards: *shards, name, vcpus }).map(Some)
+    // KVM's vCPUs have a descriptor each.
+    let room = Room::now(if kind == GuestKind::Kvm { vcpus.into() } else { 0 });
+    let attach = Attach { socket, form, send_memory, shards: *shards, name, vcpus, room };
+    PagerLink::attach(memory, &attach).map(Some)
 }

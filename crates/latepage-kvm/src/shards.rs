@@ -1,7 +1,10 @@
 //! How many userfaultfds a VM has over its memory, where a pager brings it: as many as asked for, or as suit its vCPUs.
 
+use std::fs;
+
 use latepage::attachment::{Form, shards};
 use latepage::memory::{Layout, Shards};
+use rustix::process::{Resource, getrlimit};
 use serde::{Deserialize, Serialize};
 
 use crate::error::VmError;
@@ -32,12 +35,32 @@ pub(crate) struct Divided {
     pub(crate) note: Option<String>,
 }
 
+/// Descriptors that this process may still have.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Room {
+    free: u64,
+    allowed: u64,
+}
+
+impl Room {
+    /// What a VM opens after its userfaultfds, beside its vCPUs: its connections, KVM, and some for whoever else is in the process.
+    const OTHERS: u64 = 16;
+
+    /// Room for userfaultfds now, in a VM whose vCPUs take so many descriptors later. Where nobody can tell, there is enough.
+    pub(crate) fn now(vcpus: u64) -> Self {
+        let allowed = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+        let open = fs::read_dir("/proc/self/fd").map_or(0, |open| open.count() as u64);
+        Self { free: allowed.saturating_sub(open + vcpus + Self::OTHERS), allowed }
+    }
+}
+
 /// Divides a VM's memory among its userfaultfds.
 pub(crate) fn divide(
     wanted: Option<ShardCount>,
     form: Form,
     vcpus: u32,
     layout: &Layout,
+    room: Room,
 ) -> Result<Divided, VmError> {
     let one = "Firecracker's handshake has one userfaultfd";
     let (count, note) = match (wanted, form) {
@@ -51,6 +74,14 @@ pub(crate) fn divide(
             match form {
                 Form::Firecracker if wanted > 1 => {
                     (1, Some(format!("{one}: 1 shard, where {vcpus} vCPUs call for {wanted}")))
+                }
+                _ if room.free < suited as u64 && suited > 1 => {
+                    let (most, Room { allowed, .. }) = (room.free.max(1) as usize, room);
+                    let note = format!(
+                        "{most} shard{} where {vcpus} vCPUs call for {wanted}: {allowed} descriptors are allowed (ulimit -n)",
+                        if most == 1 { "" } else { "s" }
+                    );
+                    (most, Some(note))
                 }
                 _ if suited < wanted => {
                     let pages = layout.pages();
@@ -71,6 +102,7 @@ mod tests {
     use super::*;
     use latepage::memory::{PageSize, Region};
 
+    const ENOUGH: Room = Room { free: 1000, allowed: 1024 };
     const AUTO: Option<ShardCount> = Some(ShardCount::Word(Auto::Auto));
 
     fn layout(pages: u64, page_size: PageSize) -> Layout {
@@ -89,7 +121,7 @@ mod tests {
         vcpus: u32,
         layout: &Layout,
     ) -> (usize, Option<String>) {
-        let Divided { shards, note } = divide(wanted, form, vcpus, layout).unwrap();
+        let Divided { shards, note } = divide(wanted, form, vcpus, layout, ENOUGH).unwrap();
         (shards.len(), note)
     }
 
@@ -113,9 +145,29 @@ mod tests {
     }
 
     #[test]
+    fn auto_is_no_more_than_there_are_descriptors_for_and_says_so() {
+        let divided = |wanted, free, layout: &Layout| {
+            let Divided { shards, note } =
+                divide(wanted, Form::Latepage, 64, layout, Room { free, allowed: 40 }).unwrap();
+            (shards.len(), note.unwrap_or_default())
+        };
+        let says = "3 shards where 64 vCPUs call for 4: 40 descriptors are allowed (ulimit -n)";
+        assert_eq!(divided(AUTO, 3, &small()), (3, says.to_owned()));
+        let says = "1 shard where 64 vCPUs call for 4: 40 descriptors are allowed (ulimit -n)";
+        assert_eq!(divided(AUTO, 0, &small()), (1, says.to_owned()));
+        assert_eq!(divided(AUTO, 4, &small()), (4, String::new()));
+        // The tighter of two limits is told.
+        let says = "3 shards for 3 pages, where 64 vCPUs call for 4";
+        assert_eq!(divided(AUTO, 3, &layout(3, PageSize::Huge)), (3, says.to_owned()));
+        // Whoever names a number gets it, or an error.
+        assert_eq!(divided(Some(ShardCount::Count(64)), 0, &small()), (64, String::new()));
+        assert_eq!(divided(None, 0, &small()), (1, String::new()));
+    }
+
+    #[test]
     fn what_cannot_be_is_refused_in_words() {
         let refused = |count, form, layout: &Layout| {
-            divide(Some(ShardCount::Count(count)), form, 2, layout).unwrap_err().to_string()
+            divide(Some(ShardCount::Count(count)), form, 2, layout, ENOUGH).unwrap_err().to_string()
         };
         let says = "Firecracker's handshake has one userfaultfd, not 2; use --handshake latepage";
         assert_eq!(refused(2, Form::Firecracker, &small()), says);

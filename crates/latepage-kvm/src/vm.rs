@@ -104,7 +104,7 @@ impl Vm {
             other => other,
         };
         let memory = Arc::new(restore_memory(config, layout, saved)?);
-        let link = attach(config, &memory, &name, vcpus)?;
+        let link = attach(config, &memory, &name, vcpus, kind)?;
         let supply: Option<Arc<dyn Supply>> = match &config.memory {
             MemoryFrom::Late(late) => Some(Arc::new(Late::new(&memory, late, vcpus as usize, kind)?)),
             MemoryFrom::Notify(notify) => Some(Arc::new(Notify::new(&memory, notify, &name, vcpus, kind)?)),

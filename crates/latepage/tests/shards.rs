@@ -8,12 +8,14 @@ use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
-use latepage::attachment::Backing;
-use latepage::memory::PageState;
+use latepage::attachment::{Backing, shards};
+use latepage::memory::{PageState, Shards};
 use latepage::pager::{Config, What};
 use latepage::session::{FaultAround, OnMissing, Policy, Population};
 use latepage::source::{Answer, Source, SourceError};
 use latepage::sys::fdpass;
+use latepage::sys::uffd::{Features, RegisterMode};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use vmm::child::{Holdings, Vmm, alone};
 use vmm::guest::{Guest, Make};
 use vmm::serving::{Serving, policy, populating};
@@ -431,6 +433,26 @@ fn a_userfaultfd_of_a_dead_process_is_not_taken_for_the_end_of_the_vm() {
         let told = serving.so_far().iter().filter(|what| matches!(what, What::Failed { .. })).count();
         assert_eq!(told, 1);
     }
+}
+
+#[test]
+fn a_vmm_without_room_for_its_userfaultfds_is_told_how_many_descriptors_it_may_have() {
+    need_userfaultfd!();
+    alone("a_vmm_without_room_for_its_userfaultfds_is_told_how_many_descriptors_it_may_have", || {
+        let guest = guest(Backing::Anonymous, 64, 1);
+        let before = Holdings::now();
+        let limit = Rlimit { current: Some(40), ..getrlimit(Resource::Nofile) };
+        setrlimit(Resource::Nofile, limit).unwrap();
+        let divided = Shards::equal(&guest.layout, 64).unwrap();
+        let error =
+            shards::create(&guest.layout, &divided, Features::empty(), RegisterMode::MISSING).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "no room for another userfaultfd: this process may have 40 descriptors, and has them; allow it more: ulimit -n \
+             (systemd: LimitNOFILE=)"
+        );
+        assert_eq!(Holdings::now(), before);
+    });
 }
 
 #[test]

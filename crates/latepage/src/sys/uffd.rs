@@ -7,6 +7,7 @@ use std::path::Path;
 
 use bitflags::bitflags;
 use rustix::io::Errno;
+use rustix::process::{Resource, getrlimit};
 
 use super::mapping::Window;
 use super::uffd_abi as abi;
@@ -131,6 +132,14 @@ pub enum CreateError {
         device: Errno,
         /// What the system call said.
         syscall: Errno,
+    },
+    /// There is no room for another descriptor, in this process or on this machine.
+    #[error("no room for another userfaultfd: {}", want_of_room(*errno, *allowed))]
+    NoRoom {
+        /// EMFILE of the process, ENFILE of the machine.
+        errno: Errno,
+        /// How many descriptors this process may have; `None` for any number.
+        allowed: Option<u64>,
     },
     /// The kernel has it, but not all that was asked for.
     #[error("this kernel's userfaultfd lacks {missing:?} (it offers {offered:?})")]
@@ -300,7 +309,13 @@ impl Userfaultfd {
             Ok(made) => return Ok(made),
             Err(errno) => errno,
         };
-        Self::open_by_syscall().map_err(|syscall| CreateError::NotAllowed { device, syscall })
+        Self::open_by_syscall().map_err(|syscall| {
+            // Both take a descriptor, and either may be forbidden as well.
+            match [device, syscall].into_iter().find(|errno| [Errno::MFILE, Errno::NFILE].contains(errno)) {
+                Some(errno) => CreateError::NoRoom { errno, allowed: getrlimit(Resource::Nofile).current },
+                None => CreateError::NotAllowed { device, syscall },
+            }
+        })
     }
 
     /// By the device alone: the grant that an administrator can give to one user.
@@ -573,6 +588,16 @@ impl AsFd for Userfaultfd {
 impl From<Userfaultfd> for OwnedFd {
     fn from(uffd: Userfaultfd) -> Self {
         uffd.fd
+    }
+}
+
+/// Whose limit it is, and how it is raised.
+fn want_of_room(errno: Errno, allowed: Option<u64>) -> String {
+    match allowed.filter(|_| errno == Errno::MFILE) {
+        Some(allowed) => format!(
+            "this process may have {allowed} descriptors, and has them; allow it more: ulimit -n (systemd: LimitNOFILE=)"
+        ),
+        None => format!("{errno}; this machine has as many files open as it may: sysctl fs.file-max"),
     }
 }
 
