@@ -236,10 +236,15 @@ def pager_memory(
 
 def parse_shards(text: str) -> Shards:
     """A number of shards, or `auto`, as a command line has it."""
+    if text == "auto":
+        return "auto"
     try:
-        return "auto" if text == "auto" else int(text)
+        count = int(text)
     except ValueError:
-        raise ValueError(f"{text!r} is no number of shards: give 1 to 64, or auto") from None
+        count = 0
+    if not 1 <= count <= MOST_SHARDS:
+        raise ValueError(f"{text!r} is no number of shards: give 1 to {MOST_SHARDS}, or auto")
+    return count
 
 
 def default_name() -> str:

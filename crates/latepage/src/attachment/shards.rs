@@ -9,7 +9,8 @@ use crate::sys::uffd::{CreateError, Features, RegisterMode, UffdError, Userfault
 /// The number of vCPUs for which another userfaultfd pays.
 pub const VCPUS: u32 = 16;
 
-/// Why there are no userfaultfds. What had been made is closed: nothing was registered for anybody yet.
+/// Why there are no userfaultfds. What had been made is closed, and where that was registered already, its absent pages are the kernel's
+/// own again: zero for whoever touches them.
 #[derive(Debug, thiserror::Error)]
 pub enum ShardError {
     /// The memory cannot be divided so.
@@ -44,6 +45,9 @@ pub fn suited(vcpus: u32, layout: &Layout) -> usize {
 }
 
 /// Makes a userfaultfd for each shard of this process's memory, and registers each over its own.
+///
+/// Call it before any vCPU runs, or anybody else touches the memory: what is touched before is there as it is, and where a shard cannot
+/// be registered, what was touched by then stays.
 ///
 /// Send all of them, with [`message_with_shards`](super::native::message_with_shards), and keep a copy of each.
 ///

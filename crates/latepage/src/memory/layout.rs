@@ -45,26 +45,66 @@ impl fmt::Display for AddressSpace {
 
 /// Why a list of regions is no layout. Regions are named by their place in the list, from 0.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
-#[allow(missing_docs)] // the fields are what the messages name
 pub enum LayoutError {
+    /// None at all.
     #[error("there is no region; a VM has at least one")]
     Empty,
+    /// A region without bytes.
     #[error("region {region} has size 0; leave it out, or give its size in bytes")]
-    ZeroSized { region: usize },
+    ZeroSized {
+        /// Which.
+        region: usize,
+    },
+    /// A region that does not begin or end at a page.
     #[error(
         "region {region}: its {what} {value:#x} is not a multiple of its page size ({page_size}); regions begin and end at a page"
     )]
-    Unaligned { region: usize, what: &'static str, value: u64, page_size: PageSize },
+    Unaligned {
+        /// Which.
+        region: usize,
+        /// What of it: its size, or its start in one of the spaces.
+        what: &'static str,
+        /// How much that is, in bytes.
+        value: u64,
+        /// Of its pages.
+        page_size: PageSize,
+    },
+    /// A region that goes on past the end of 64 bits.
     #[error(
         "region {region}: its {space} start at {start:#x} and go on for {size:#x} bytes, past the end of 64 bits"
     )]
-    Wraps { region: usize, space: AddressSpace, start: u64, size: u64 },
+    Wraps {
+        /// Which.
+        region: usize,
+        /// In which space.
+        space: AddressSpace,
+        /// Where it begins there.
+        start: u64,
+        /// Its size in bytes.
+        size: u64,
+    },
+    /// Two regions that have bytes in common.
     #[error(
         "regions {first} and {second} share {space} from {from:#x} to {to:#x}; each byte belongs to one region"
     )]
-    Overlap { first: usize, second: usize, space: AddressSpace, from: u64, to: u64 },
+    Overlap {
+        /// One of them, the earlier in the list.
+        first: usize,
+        /// The other one.
+        second: usize,
+        /// In which space.
+        space: AddressSpace,
+        /// The first byte that both have.
+        from: u64,
+        /// One past the last of that run.
+        to: u64,
+    },
+    /// More than pages are numbered for.
     #[error("the regions have {pages} pages; a session has at most {}, so use larger pages", u32::MAX)]
-    TooManyPages { pages: u64 },
+    TooManyPages {
+        /// How many they have.
+        pages: u64,
+    },
 }
 
 /// Where a page lies: the start of it in every space.

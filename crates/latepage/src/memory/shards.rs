@@ -9,24 +9,57 @@ use super::page_size::PageSize;
 
 /// Why memory cannot be divided so. Shards are named by their place in the list, from 0.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
-#[allow(missing_docs)] // the fields are what the messages name
 pub enum ShardsError {
+    /// None, or too many.
     #[error("{shards} shards; a VM has 1 to {}", Shards::MOST)]
-    Count { shards: usize },
+    Count {
+        /// How many were asked for.
+        shards: usize,
+    },
+    /// One would be empty.
     #[error("{shards} shards for {pages} pages: each has one page at least, so ask for {pages} at most")]
-    MoreThanPages { shards: usize, pages: u32 },
+    MoreThanPages {
+        /// How many were asked for.
+        shards: usize,
+        /// Pages of the layout.
+        pages: u32,
+    },
+    /// One is empty.
     #[error("shard {shard} has size 0: no memory would be its userfaultfd's; leave both out")]
-    ZeroSized { shard: usize },
+    ZeroSized {
+        /// Which.
+        shard: usize,
+    },
+    /// A page would belong to two.
     #[error(
         "shard {shard} ends {end:#x} bytes into the regions, inside a page ({page_size}); shards end where a page does"
     )]
-    Unaligned { shard: usize, end: u64, page_size: PageSize },
+    Unaligned {
+        /// The first of the two.
+        shard: usize,
+        /// Where it ends, in bytes from the start of the first region through all of them.
+        end: u64,
+        /// The size of that page.
+        page_size: PageSize,
+    },
+    /// They are longer than the layout.
     #[error("shard {shard} goes beyond the regions, which have {bytes:#x} bytes in all")]
-    Beyond { shard: usize, bytes: u64 },
+    Beyond {
+        /// The first that does.
+        shard: usize,
+        /// Bytes of the layout.
+        bytes: u64,
+    },
+    /// They are shorter than the layout.
     #[error(
         "the shards end {end:#x} bytes into the regions, which have {bytes:#x}: the rest is no userfaultfd's"
     )]
-    Short { end: u64, bytes: u64 },
+    Short {
+        /// Where the last one ends, in bytes.
+        end: u64,
+        /// Bytes of the layout.
+        bytes: u64,
+    },
 }
 
 /// The shards of a layout: runs of pages, one behind the other, that have all of its pages. Each ends where a page does, in the middle

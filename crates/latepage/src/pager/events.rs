@@ -29,55 +29,169 @@ pub struct Event {
 /// What happened. `vm` is the VM's name, unique among the pager's sessions; addresses are the VMM's.
 #[derive(Clone, Debug, Serialize)]
 #[serde(tag = "event", rename_all = "kebab-case")]
-#[allow(missing_docs, reason = "the fields say what they are; docs/pager.md describes each event")]
 pub enum What {
     /// VMs may connect.
-    Listening { socket: String, source: String, size: u64 },
-    /// A VM has shaken hands and is served. `size` is bytes of memory.
-    SessionStarted {
-        vm: String,
-        pid: u32,
-        form: &'static str,
-        backing: &'static str,
+    Listening {
+        /// The path.
+        socket: String,
+        /// Where their memory comes from, in words.
+        source: String,
+        /// Bytes of the source.
         size: u64,
+    },
+    /// A VM has shaken hands and is served.
+    SessionStarted {
+        /// Its name.
+        vm: String,
+        /// Its process number, 0 where it cannot be seen from here.
+        pid: u32,
+        /// Of its handshake: `firecracker` or `latepage`.
+        form: &'static str,
+        /// What its memory is made of.
+        backing: &'static str,
+        /// Bytes of its memory.
+        size: u64,
+        /// How many vCPUs it says it has.
         vcpus: u32,
+        /// Where its memory comes from, in words.
         source: String,
     },
     /// A peer is not served.
-    Refused { socket: String, vm: Option<String>, pid: u32, uid: u32, reason: String, action: String },
-    /// A VM has all its memory; `failed` pages of it could not be had.
-    Populated { vm: String, seconds: f64, faults: u64, failed: u64 },
+    Refused {
+        /// Where it connected.
+        socket: String,
+        /// The name that it gave, if it had come that far.
+        vm: Option<String>,
+        /// Its process number, 0 where it cannot be seen from here.
+        pid: u32,
+        /// Its user.
+        uid: u32,
+        /// Why, and what to do.
+        reason: String,
+        /// What was done to it: `none`, `killed`, `poisoned`, or `held` and why.
+        action: String,
+    },
+    /// A VM has all its memory, but for what could not be had.
+    Populated {
+        /// Its name.
+        vm: String,
+        /// Since its session began, in seconds.
+        seconds: f64,
+        /// Faults that it has had.
+        faults: u64,
+        /// Pages that could not be had.
+        failed: u64,
+    },
     /// A full VM was let go.
-    Detached { vm: String },
+    Detached {
+        /// Its name.
+        vm: String,
+    },
     /// A session is over, and nothing of it is left in the pager.
-    Ended { vm: String, reason: &'static str, seconds: f64, faults: u64, lacking: u64 },
+    Ended {
+        /// Its name.
+        vm: String,
+        /// Why: `gone`, `detached` or `closed`.
+        reason: &'static str,
+        /// Since it began, in seconds.
+        seconds: f64,
+        /// Faults that it had.
+        faults: u64,
+        /// Pages that had not come.
+        lacking: u64,
+    },
     /// A page could not be had, and failed closed.
-    Failed { vm: String, address: u64, page: Option<u32>, reason: String, action: String },
-    /// A fault is older than the limit; `age` in seconds.
-    Stall { vm: String, address: u64, age: f64 },
+    Failed {
+        /// Its name.
+        vm: String,
+        /// Where it was wanted.
+        address: u64,
+        /// The page, by its index in the session, where one is meant.
+        page: Option<u32>,
+        /// Why.
+        reason: String,
+        /// What was done about it: `killed`, `poisoned`, or `held` and why.
+        action: String,
+    },
+    /// A fault is older than the limit.
+    Stall {
+        /// Its name.
+        vm: String,
+        /// Where the fault was.
+        address: u64,
+        /// How long it has waited, in seconds.
+        age: f64,
+    },
     /// Population met an error; faults go on being served.
-    PopulationStopped { vm: String, address: u64, reason: String },
+    PopulationStopped {
+        /// Its name.
+        vm: String,
+        /// Where it stopped.
+        address: u64,
+        /// Why.
+        reason: String,
+    },
     /// The machine has no page for a VM; it is tried again until it has.
-    NoMemory { vm: String, address: u64 },
+    NoMemory {
+        /// Its name.
+        vm: String,
+        /// The page that was to come.
+        address: u64,
+    },
     /// The VM did something that a pager cannot follow.
-    Surprise { vm: String, what: String },
+    Surprise {
+        /// Its name.
+        vm: String,
+        /// What it did, in words.
+        what: String,
+    },
     /// The source is not what it was.
-    SourceChanged { source: String, change: String },
-    /// Someone wants to write the source, and is held back for so many seconds at most.
-    LeaseBreaking { source: String, seconds: f64, change: String },
+    SourceChanged {
+        /// Which, in words.
+        source: String,
+        /// What is known of the change.
+        change: String,
+    },
+    /// Someone wants to write the source, and is held back for a while.
+    LeaseBreaking {
+        /// Which, in words.
+        source: String,
+        /// How long the writer is held back at most.
+        seconds: f64,
+        /// What is known of it, in words.
+        change: String,
+    },
     /// The pager cannot do something that it may need.
-    Warning { what: String },
+    Warning {
+        /// What, and what to do.
+        what: String,
+    },
     /// No new VM is taken.
-    Draining { vms: usize },
+    Draining {
+        /// VMs that are served now.
+        vms: usize,
+    },
     /// The drain waits for this VM.
-    WaitingFor { vm: String, reason: &'static str },
+    WaitingFor {
+        /// Its name.
+        vm: String,
+        /// Why it cannot be let go.
+        reason: &'static str,
+    },
     /// Every VM has ended or was let go.
     Drained,
-    /// The pager ends and this VM lives: it waits for ever at its next fault or discard, until someone ends it. `lacking` pages
-    /// had not come.
-    Left { vm: String, lacking: u64 },
-    /// So many events were dropped, since nobody read them.
-    Lost { count: u64 },
+    /// The pager ends and this VM lives: it waits for ever at its next fault or discard, until someone ends it.
+    Left {
+        /// Its name.
+        vm: String,
+        /// Pages that had not come.
+        lacking: u64,
+    },
+    /// Events were dropped, since nobody read them.
+    Lost {
+        /// How many.
+        count: u64,
+    },
 }
 
 impl What {

@@ -1,6 +1,7 @@
 //! What a session has done and how fast: counters, a latency histogram, and the trace of which pages came when and why.
 //!
-//! Everything in here is lock-free, allocates nothing while it records, and may be read while it is written.
+//! Everything in here allocates nothing while it records, and may be read while it is written, without a lock. So is recording; only those
+//! who record in the trace of a session with several shards take turns ([`TraceRing::shared`]).
 
 mod by_class;
 mod counters;

@@ -10,7 +10,7 @@ mod shards;
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
-use super::{Fed, Hello, Incoming, Refusal, RefusalReason};
+use super::{Fed, Hello, Incoming, MAX_DESCRIPTORS, Refusal, RefusalReason};
 use crate::sys::memfd;
 use crate::sys::uffd::{Features, Userfaultfd};
 
@@ -149,8 +149,10 @@ fn a_userfaultfd_is_kept_whatever_goes_wrong_and_whenever() {
 #[test]
 fn more_descriptors_than_any_handshake_has_are_refused_at_once() {
     let mut incoming = Incoming::new();
-    let Fed::Refused(refusal) = incoming.feed(b"[", (0..66).map(|_| file()).collect()) else { panic!() };
-    assert_eq!(refusal.reason.to_string(), "66 descriptors; no handshake has more than 65");
+    let many = MAX_DESCRIPTORS + 1;
+    let Fed::Refused(refusal) = incoming.feed(b"[", (0..many).map(|_| file()).collect()) else { panic!() };
+    let says = format!("{many} descriptors; no handshake has more than {MAX_DESCRIPTORS}");
+    assert_eq!(refusal.reason.to_string(), says);
 }
 
 #[test]
