@@ -25,10 +25,12 @@ from latepage.check.items import Item, known
 
 __all__ = ["pager_items", "room_for"]
 
-DESCRIPTORS_FOR_ITSELF = 32
-"""What a pager with one socket and four workers holds before any VM comes, and some room."""
+DESCRIPTORS_FOR_ITSELF = 96
+"""What a pager with one socket and four workers holds before any VM comes, and some room. 70 of them it keeps free for what a
+handshake may bring, with 64 userfaultfds and a memory file: without them it hears no VM."""
 DESCRIPTORS_FOR_A_VM = 3
-"""Its connection, its userfaultfd and its pidfd; one that shares a memory file with the pager takes another one."""
+"""Its connection, its userfaultfd and its pidfd; one that shares a memory file with the pager takes another one, and one with
+several userfaultfds two more than it has of those."""
 DESCRIPTORS_FOR_A_RECORDED_VM = DESCRIPTORS_FOR_A_VM + 1
 """With `--record`: its trace file too."""
 
@@ -37,7 +39,7 @@ def room_for(descriptors: int, *, recorded: bool = False) -> int:
     """How many VMs a pager can hold with so many descriptors, whether or not it records them.
 
     >>> room_for(1024), room_for(1024, recorded=True), room_for(16)
-    (330, 248, 0)
+    (309, 232, 0)
     """
     each = DESCRIPTORS_FOR_A_RECORDED_VM if recorded else DESCRIPTORS_FOR_A_VM
     return max(0, descriptors - DESCRIPTORS_FOR_ITSELF) // each

@@ -18,6 +18,8 @@ Handshake = Literal["firecracker", "latepage"]
 Delivery = Literal["uffd", "exit", "notify"]
 Trap = Literal["bitmap", "attributes"]
 Shards = int | Literal["auto"]
+MOST_SHARDS = 64
+"""Userfaultfds of a VM: `latepage::memory::Shards::MOST`."""
 
 
 class ConfigError(GuestError, ValueError):
