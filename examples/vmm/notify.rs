@@ -14,6 +14,7 @@ use std::error::Error;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use kvm_bindings::kvm_userspace_memory_region2;
 use kvm_ioctls::{Kvm, VcpuExit};
@@ -24,11 +25,20 @@ use latepage::memory::PageTable;
 use latepage::sys::mapping::Mapping;
 use latepage::sys::uffd::{Features, RegisterMode, Userfaultfd};
 use latepage::sys::{fdpass, memfd};
+use rustix::event::{PollFd, PollFlags, Timespec};
 
 /// `KVM_MEM_USERFAULT`, of the patches that bring it.
 const USERFAULT: u32 = 1 << 3;
 /// Looks at the slot before the vCPU's thread sleeps: what is in memory comes in some microseconds.
 const SPINS: u32 = 1000;
+/// How long it sleeps before it looks whether the pager is there: one that refused the VM, or died, wakes nobody.
+const SECOND: Option<Duration> = Some(Duration::from_secs(1));
+
+/// Whether the pager has closed its end of the socket.
+fn has_gone(pager: &UnixStream) -> Result<bool, rustix::io::Errno> {
+    let mut polled = [PollFd::new(pager, PollFlags::RDHUP)];
+    Ok(rustix::event::poll(&mut polled, Some(&Timespec::default()))? > 0)
+}
 
 fn main() -> Result<(), Box<dyn Error>> {
     let mut arguments = std::env::args_os().skip(1).map(PathBuf::from);
@@ -84,16 +94,23 @@ fn main() -> Result<(), Box<dyn Error>> {
     // The vCPU's thread.
     let mut vcpu = tiny::vcpu(&vm)?;
     let mut seat = channel.seat(0).ok_or("somebody sits at slot 0")?;
-    let (mut said, mut exits) = (None, 0);
+    let (mut said, mut exits, mut came) = (None, 0, 0);
     loop {
         match vcpu.run()? {
             VcpuExit::MemoryFault { gpa, .. } => {
                 exits += 1;
                 let page = layout.find_gpa(gpa).ok_or("an exit where no memory is")?;
                 seat.post(&Request::Fault { page, write: false, thread: 0 })?;
-                match seat.wait(SPINS, None) {
-                    Waited::Over(Completion::Done(_)) => {} // its bit is clear
-                    other => return Err(format!("page {page} could not be had: {other:?}").into()),
+                came += loop {
+                    match seat.wait(SPINS, SECOND) {
+                        Waited::Over(Completion::Done(pages)) => break pages.len(), // their bits are clear
+                        Waited::Interrupted => {} // by a signal: a VMM would look what it is asked for
+                        Waited::TimedOut if !has_gone(&pager)? => {}
+                        Waited::TimedOut => {
+                            return Err(format!("the pager went before page {page} came").into());
+                        }
+                        other => return Err(format!("page {page} could not be had: {other:?}").into()),
+                    }
                 }
             }
             VcpuExit::IoOut(_, bytes) => said = Some(u16::from_le_bytes([bytes[0], bytes[1]])),
@@ -101,7 +118,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             other => return Err(format!("the guest came out unexpectedly: {other:?}").into()),
         }
     }
-    println!("{} pages came in {exits} exits", layout.pages());
+    println!("{came} pages came in {exits} exits");
     if said != Some(tiny::expected()) {
         return Err(format!("the guest says {said:?}, and its snapshot {}", tiny::expected()).into());
     }

@@ -1,7 +1,9 @@
 """The two small VMMs in examples/vmm, run as a user would run them: the guest adds up its memory, and they check the sum."""
 
 import os
+import socket
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,20 @@ def test_another_process_brings_them(folder: Path) -> None:
         ran = example("vmm-notify", folder / "snapshot.mem", folder / "late.sock")
         assert (ran.returncode, ran.stderr) == (0, "")
         assert ran.stdout == f"{PAGES} pages came in {PAGES} exits\n"
+
+
+@pytest.mark.needs_kernel("userfault")
+def test_a_pager_that_goes_away_is_not_waited_for(folder: Path) -> None:
+    assert example("vmm-notify", folder / "snapshot.mem").returncode == 0
+    with socket.socket(socket.AF_UNIX) as listener, ThreadPoolExecutor(1) as threads:
+        listener.bind(str(folder / "late.sock"))
+        listener.listen()
+        running = threads.submit(example, "vmm-notify", folder / "snapshot.mem", folder / "late.sock")
+        with listener.accept()[0] as pager:
+            assert b'"notify"' in pager.recv(65536)
+        ran = running.result()
+    assert (ran.returncode, ran.stdout) == (1, "")
+    assert "the pager went before page 0 came" in ran.stderr
 
 
 @pytest.mark.needs_kernel("stock")
