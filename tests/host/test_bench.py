@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from actors.serve import Serve
 from latepage.bench import QUESTIONS
 
 pytestmark = [
@@ -56,16 +57,20 @@ def test_a_bench_runs_and_leaves_nothing_behind(question: str, folder: Path) -> 
         assert figure["ratio"] >= 0
     keys = [(figure["question"], figure["way"], figure["metric"], figure["peer"]) for figure in found]
     assert len(set(keys)) == len(keys)
-    assert any("bound" in figure for figure in found)
+    bounds = sum("bound" in figure for figure in found)
+    assert bounds > 0
+    # Nothing of a line is lost where stdout is no terminal.
+    assert sum(line.rstrip().endswith(("holds", "over")) for line in done.stdout.splitlines()) == bounds
     assert question in done.stdout
     assert list(files.iterdir()) == []
     assert processes_of(files) == []
     assert [path.name for path in pictures.iterdir()] == [f"{question}.svg"] or "no picture" in done.stderr
 
 
-def test_with_one_core_the_rest_is_measured(folder: Path) -> None:
+@pytest.mark.parametrize("question", ["faults", "scale", "model"])
+def test_with_one_core_the_rest_is_measured(question: str, folder: Path) -> None:
     figures = folder / "figures.json"
-    words = command("faults", "--quick", "--json", figures)
+    words = command(question, "--quick", "--json", figures)
     done = subprocess.run(
         words,
         check=False,
@@ -76,7 +81,25 @@ def test_with_one_core_the_rest_is_measured(folder: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "there is one core only" in done.stderr
-    assert "C blocking" not in {figure["peer"] for figure in json.loads(figures.read_text())}
+    found = json.loads(figures.read_text())
+    assert found
+    # Nothing that takes another core: a peer, a way, or a host that is foretold.
+    assert not [figure for figure in found if figure["peer"] == "C blocking" or "other core" in figure["way"]]
+    rows = [line.split() for line in done.stdout.partition("foretold:")[2].splitlines()]
+    # Of the rows of numbers, those that begin a host have one more.
+    numbers = [row for row in rows if row and row[0].isdigit()]
+    assert [row[0] for row in numbers if len(row) == max(map(len, numbers))] == ["1"] * (question == "model")
+
+
+def test_a_crowd_whose_pager_refuses_it_ends_and_says_so(folder: Path) -> None:
+    (folder / "guest.mem").write_bytes(bytes(8 * 4096))
+    asked = {"delivery": "notify", "threads": 2, "pages": 16, "touches": 16, "socket": str(folder / "late.sock")}
+    with Serve(folder / "late.sock", folder / "guest.mem") as serve:
+        serve.event("listening")
+        words = [sys.executable, "-m", "latepage.bench.crowd", json.dumps(asked)]
+        done = subprocess.run(words, check=False, capture_output=True, text=True, timeout=60)
+    assert done.returncode == -signal.SIGBUS
+    assert "the pager closed the connection" in done.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

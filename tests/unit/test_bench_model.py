@@ -7,7 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from latepage.bench.model import DELIVERIES, MANY, SOME, WITHIN, Measured, against, costs_of, forecasts, network
+from latepage.bench.model import (
+    DELIVERIES,
+    MANY,
+    QUICK_LOCK,
+    SOME,
+    WITHIN,
+    Measured,
+    against,
+    costs_of,
+    forecasts,
+    hosts,
+    network,
+)
 from latepage.bench.model_report import draw_forecasts, forecast_table
 from latepage.bench.published import SERIES, Series
 from latepage.bench.queueing import Costs, Network, foretell, repairman, scaled_to
@@ -88,6 +100,8 @@ def test_costs_come_back_from_what_was_measured() -> None:
     assert (found.own, found.served) == (5.0, 6.0)
     assert found.waiter == pytest.approx(0.1)
     assert found.idle == pytest.approx(40.0)
+    # Few threads have one userfaultfd: of several there is no such figure.
+    assert costs_of("sharded", {count: what for count, what in of.items() if count in (SOME, MANY)}).own == 5.0
     by_itself = costs_of("exit", {count: Measured(100.0, 7.0, 0.0) for count in (1, 8, SOME, MANY)})
     assert (by_itself.own, by_itself.served, by_itself.waiter, by_itself.idle) == (7.0, 0.0, 0.0, 0.0)
 
@@ -107,9 +121,30 @@ def test_beside_what_is_published_the_first_point_is_right_and_the_others_say_by
     assert figures[0].ratio == pytest.approx(1.0, rel=1e-3)
     assert figures[0].bound is None
     for figure in figures:
+        assert figure.peer == f"published; from here: {'w' if series.delivery == 'uffd' else 'nothing'}"
         assert figure.ratio == pytest.approx(max(figure.value / figure.limit, figure.limit / figure.value))
         assert figure.bound in (None, WITHIN)
     assert any(figure.bound == WITHIN for figure in figures)
+
+
+@pytest.mark.parametrize("series", SERIES, ids=lambda series: series.name)
+def test_beside_what_is_published_it_says_what_was_taken_from_here(series: Series) -> None:
+    told = [figure.value for figure in against(series, replace(UFFD, served=0.0 if series.delivery == "exit" else 6.0))]
+    slower = Costs(own=15.0, served=0.0 if series.delivery == "exit" else 18.0, waiter=UFFD.waiter, idle=9.0, shared=UFFD.shared)
+    assert [figure.value for figure in against(series, slower)] == pytest.approx(told, rel=1e-6)
+    slower_queue = [figure.value for figure in against(series, replace(slower, waiter=2 * UFFD.waiter))]
+    assert (slower_queue == pytest.approx(told, rel=1e-4)) == (series.delivery != "uffd")
+
+
+def test_one_core_foretells_itself_only() -> None:
+    assert hosts(1) == [1]
+    assert hosts(2) == [2, 16, 64, 256]
+    assert hosts(64) == [16, 64, 256]
+
+
+def test_on_many_cores_what_is_foretold_of_exit_is_the_lock_that_all_share() -> None:
+    slow, quick = (forecasts({"exit": replace(EXIT, shared=shared)}, 256)["exit"][512] for shared in (0.46, QUICK_LOCK))
+    assert (slow, quick) == pytest.approx((1e3 / 0.46, 1e3 / QUICK_LOCK), rel=0.05)
 
 
 def test_several_userfaultfds_are_read_by_as_many_workers_as_a_pager_has() -> None:

@@ -2,14 +2,16 @@
 
 import fcntl
 import os
+import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import date
 from pathlib import Path
 
 from latepage.errors import LatepageError
 
-__all__ = ["LackingError", "compiler", "cores", "descriptors", "huge_pages", "need_userfaultfd", "two_cores"]
+__all__ = ["LackingError", "compiler", "cores", "described", "descriptors", "huge_pages", "need_userfaultfd", "two_cores"]
 
 DEVICE = Path("/dev/userfaultfd")
 POOL = Path("/proc/sys/vm/nr_hugepages")
@@ -45,6 +47,14 @@ def need_userfaultfd() -> None:
 def cores() -> list[int]:
     """The cores that this process may run on."""
     return sorted(os.sched_getaffinity(0))
+
+
+def described() -> str:
+    """What was measured on, and when: a line that goes with figures."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    count, linux = len(cores()), ".".join(platform.release().split(".")[:2])
+    return f"measured on {count} core{'s' * (count > 1)} of {model}, Linux {linux}, {date.today().isoformat()}"
 
 
 def two_cores() -> tuple[int, int]:

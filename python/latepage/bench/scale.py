@@ -1,7 +1,7 @@
 """From one thread to a thousand that fault at the same time, by each delivery: pages a second, CPU a fault, and waits.
 
 Threads touch pages in random order, each once, so that each is a fault of its own. How the access reaches whoever brings the page
-differs; memory is shared and pages are filled and continued in all of them.
+differs. Memory is shared: by `uffd` and `exit` a page is copied in, by `notify` it is written, and continued by the thread.
 """
 
 from collections.abc import Mapping

@@ -27,6 +27,9 @@ __all__ = ["app"]
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
+UNLIMITED = 10_000
+"""Columns of what is no terminal."""
+
 app = App(
     name="bench",
     help_epilogue="Every figure is a ratio to a peer or to the machine's limit (minimal C programs, compiled for the run), taken "
@@ -110,7 +113,8 @@ def _ask(question: Question, rounds: int | None, output: Path | None, *, quick: 
         except LatepageError as error:
             say(f"{question.name}: {error}")
             return None
-    printed = Console(width=None if sys.stdout.isatty() else 160)
+    # In a file or a pipe a line is as long as it is: what does not fit would be lost.
+    printed = Console(width=None if sys.stdout.isatty() else UNLIMITED)
     show(question.name, question.asks, figures, printed)
     for each in bench.more:
         printed.print(each)
