@@ -33,6 +33,26 @@ def test_every_page_that_is_linked_is_there(page: Path) -> None:
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
+RUST = re.compile(r"^```rust\n(.*?)^```", re.MULTILINE | re.DOTALL)
+COMPILED = DOCS.parent / "examples" / "vmm" / "page.rs"
+
+
+def without_form(rust: str) -> str:
+    """Rust without comments, whitespace, and commas before what closes: what a formatter may change."""
+    bare = re.sub(r"//.*|/\*.*?\*/|\s", "", rust)
+    return re.sub(r",([)}\]])", r"\1", bare)
+
+
+def test_the_rust_of_the_page_for_authors_of_vmms_is_what_compiles() -> None:
+    compiled = without_form(COMPILED.read_text())
+    what_you_have, *blocks = RUST.findall((DOCS / "howto" / "vmm.md").read_text())
+    assert "use latepage" not in what_you_have  # not Rust but a sketch
+    assert len(blocks) == 5
+    for block in blocks:
+        for part in re.split(r"^ *\.\.\.$", block, flags=re.MULTILINE):
+            assert without_form(part) in compiled, part
+
+
 COMMAND = re.compile(r"\blatepage ((?:vm|trace) [a-z]+|serve|restore|check|top|scan|bench|demo)\b((?:[^\n`|;#]|\\\n)*)")
 
 
