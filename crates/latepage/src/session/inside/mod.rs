@@ -169,7 +169,8 @@ impl Resolver {
     /// Nobody has to serve anything.
     ///
     /// For anonymous memory, and shared memory of a file, in pages of 4 KiB; nobody may have touched it, by whichever view. In a
-    /// private mapping of a file a discarded page shows the file's.
+    /// private mapping of a file a discarded page shows the file's. For as long as the value lives the kernel (khugepaged) maps no huge
+    /// pages in a shared one.
     ///
     /// # Errors
     /// [`ResolverError`].
@@ -181,7 +182,13 @@ impl Resolver {
         window: FaultWindow,
     ) -> Result<Arc<Self>, ResolverError> {
         admit(&layout, &*source)?;
-        let uffd = registered(&layout, Features::SIGBUS, RegisterMode::MISSING)?;
+        let mut modes = RegisterMode::MISSING;
+        if Userfaultfd::offered()?.contains(Features::WP_HUGETLBFS_SHMEM) {
+            // Nobody protects anything. But where it may have been done, the kernel does not try first to map the fifteen pages around
+            // the one that is read, which it finds mapped: 0.7 us of the 4.8 that a fault in shared memory took.
+            modes |= RegisterMode::WP;
+        }
+        let uffd = registered(&layout, Features::SIGBUS, modes)?;
         let ways = Ways { install: Box::new(CopyInstall::new(uffd)), over: None, messages: None, trap };
         Ok(Self::with(layout, source, ways, seats, window))
     }
