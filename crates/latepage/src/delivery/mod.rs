@@ -68,6 +68,11 @@ pub struct Batch {
 }
 
 impl Batch {
+    /// The most removed pages that a delivery adds at a time where it need not hand all of a removal on at once. Walking them is work,
+    /// and a VM may discard all of its memory with every message. Of a userfaultfd's events none can wait: who discards goes on as
+    /// soon as they are read.
+    pub const REMOVALS: u32 = 4096;
+
     /// Room for `capacity` faults at a time.
     pub fn new(capacity: usize) -> Self {
         Self {
@@ -101,7 +106,8 @@ pub struct DeliveryError {
 
 /// How faults reach us, and how those who wait are released.
 pub trait Delivery: Send {
-    /// Adds to `batch` what waits, as much as it has room for, removals apart. Never blocks. Says in `more` if it may have more: if
+    /// Adds to `batch` what waits, as much as it has room for, removals apart, of which it may keep back all beyond
+    /// [`Batch::REMOVALS`] pages for the next call. Never blocks. Says in `more` if it may have more: if
     /// not, its descriptor becomes readable with the next.
     ///
     /// What was taken before has been seen to by the time of the next call, as far as it was a removal.

@@ -63,6 +63,11 @@ pub(super) fn side_by_side(faults: &[Fault], most: u32) -> u32 {
     (1..=most).take_while(|behind| first.page.checked_add(*behind).is_some_and(waited_for)).count() as u32
 }
 
+/// How many pages these are. Ranges that a stranger names may be many, and each as long as all of the memory.
+pub(super) fn pages_of(ranges: &[Range<u32>]) -> u64 {
+    ranges.iter().map(|pages| u64::from(pages.end - pages.start)).sum()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -79,6 +84,12 @@ mod tests {
         assert_eq!(side_by_side(&faults(&[4, 6, 9, 5, 7, 3]), 2), 2);
         assert_eq!(side_by_side(&faults(&[u32::MAX, 0]), 16), 0);
         assert_eq!(side_by_side(&[], 16), 0);
+    }
+
+    #[test]
+    fn as_many_pages_as_a_stranger_may_name_are_counted() {
+        assert_eq!(pages_of(&vec![0..1 << 26; 64]), 1 << 32);
+        assert_eq!(pages_of(&[]), 0);
     }
 
     #[test]

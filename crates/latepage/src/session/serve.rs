@@ -6,11 +6,11 @@ use std::sync::MutexGuard;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use super::batch::side_by_side;
+use super::batch::{pages_of, side_by_side};
 use super::place::Wait;
 use super::report::Report;
 use super::{Core, Scratch, Session};
-use crate::delivery::{Fault, FaultFlags, Surprise};
+use crate::delivery::{Batch, Fault, FaultFlags, Surprise};
 use crate::memory::{Claim, PageState};
 use crate::stats::{FaultResult, PageClass, Reason};
 
@@ -19,9 +19,6 @@ const BATCHES: usize = 4;
 
 /// The most pages that come in one run because several faults of a batch lie side by side: the first one waits for all of them.
 const ALSO: u32 = 15;
-
-/// Removed pages after which a turn ends: walking them is work, and a VM may discard all of its memory with every message.
-const REMOVALS: u32 = 4096;
 
 /// When a worker that found the gate held looks again.
 const SECOND_LOOK: Duration = Duration::from_millis(1);
@@ -104,7 +101,7 @@ impl Session {
         if self.end.get().is_some() {
             return Served::NOTHING;
         }
-        let (mut more, mut removed, mut served) = (false, 0u32, 0);
+        let (mut more, mut removed, mut served) = (false, 0, 0);
         for _ in 0..BATCHES {
             self.stats.counters.reads.add(1);
             if let Err(error) = core.deliveries.take(&self.layout, &mut scratch.batch) {
@@ -138,9 +135,9 @@ impl Session {
                 self.surprised(core, surprise, since);
             }
             more = scratch.batch.more;
-            let pages = scratch.batch.removed.iter().map(|pages| pages.end - pages.start).sum::<u32>();
-            removed = removed.saturating_add(pages);
-            if !more || removed > REMOVALS {
+            removed += pages_of(&scratch.batch.removed);
+            // Walking them is work, and others wait for their turn.
+            if !more || removed >= u64::from(Batch::REMOVALS) {
                 break;
             }
         }

@@ -21,6 +21,7 @@ use super::{
     Session,
 };
 use crate::attachment::{Backing, Form, Hello};
+use crate::delivery::channel::{Channel, ChannelDelivery, Completion, Request, Waited, attach};
 use crate::delivery::{Batch, Delivery, DeliveryError, Fault, FaultFlags};
 use crate::install::{Install, Outcome, Stop};
 use crate::memory::{Layout, PageSize, PageState, Region, Shards};
@@ -657,6 +658,78 @@ fn a_page_that_comes_releases_who_waits_at_any_delivery() {
         true
     }));
     assert_eq!(descriptors, 2);
+}
+
+/// Zeros, so many pages of them.
+struct Zeros(u32);
+
+impl Source for Zeros {
+    fn describe(&self) -> String {
+        "zeros".to_owned()
+    }
+
+    fn size(&self) -> u64 {
+        u64::from(self.0) * 4096
+    }
+
+    fn ask<'a>(
+        &'a self,
+        _: u64,
+        length: usize,
+        _: usize,
+        _: &'a mut [u8],
+    ) -> Result<Answer<'a>, SourceError> {
+        Ok(Answer::Zero(length as u64))
+    }
+
+    fn wait<'a>(
+        &'a self,
+        offset: u64,
+        length: usize,
+        unit: usize,
+        scratch: &'a mut [u8],
+    ) -> Result<Answer<'a>, SourceError> {
+        self.ask(offset, length, unit, scratch)
+    }
+}
+
+#[test]
+fn a_vm_that_floods_its_channel_with_removals_leaves_others_their_turn() {
+    const SLOTS: u32 = 64;
+    const PAGES: u32 = 4 * Batch::REMOVALS;
+    let Some(mut hostile) = Staged::of(Arc::new(Zeros(PAGES)), Policy::default()) else { return };
+    let Some(mut other) = Staged::new(OnMissing::Kill) else { return };
+    let channel = Channel::new(SLOTS, PAGES).unwrap();
+    let (memory, bell) = channel.descriptors();
+    let reader = attach(memory, bell.try_clone_to_owned().unwrap(), PAGES, SLOTS).unwrap();
+    let deliveries = Deliveries::new(vec![Box::new(ChannelDelivery::new(reader))]);
+    hostile.session.shards[0].gate.enter().as_mut().unwrap().deliveries = deliveries;
+    // The last slot's thread wants a page; each of the others takes all memory away.
+    let mut seats: Vec<_> = (0..SLOTS).map(|slot| channel.seat(slot).unwrap()).collect();
+    let (last, removing) = seats.split_last_mut().unwrap();
+    removing.iter_mut().for_each(|seat| seat.post(&Request::Removed(0..PAGES)).unwrap());
+    last.post(&Request::Fault { page: PAGES - 1, write: false, thread: 0 }).unwrap();
+    let mut turn = || hostile.session.serve(0, &mut hostile.scratch);
+    assert!(turn().more);
+    let removed = |pages: Range<u32>| {
+        pages.filter(|page| hostile.session.pages().state(*page) == PageState::Removed).count() as u32
+    };
+    assert_eq!(removed(0..PAGES), Batch::REMOVALS, "a turn is so many pages, whoever names more");
+    assert_eq!(other.serve(&[], &[1], &[]), ["fill 1..2"], "it has its turn now");
+    let no_time = Some(Duration::ZERO);
+    assert!(
+        matches!(last.wait(0, no_time), Waited::Over(Completion::Done(_))),
+        "nor is its own fault behind"
+    );
+    assert!(removing.iter_mut().all(|seat| seat.wait(0, no_time) == Waited::TimedOut));
+    let mut turns = 1;
+    while turn().more {
+        turns += 1;
+    }
+    assert_eq!(turns, (SLOTS - 1) * PAGES / Batch::REMOVALS);
+    let done = Waited::Over(Completion::Done(0..PAGES));
+    assert!(removing.iter_mut().all(|seat| seat.wait(0, no_time) == done));
+    assert_eq!(removed(0..PAGES), PAGES);
 }
 
 /// Touches pages one after another until a run is so long that a part of it comes after its fault has been served.

@@ -29,7 +29,7 @@ impl Delivery for ChannelDelivery {
     fn take(&mut self, _: &Layout, batch: &mut Batch) -> Result<(), DeliveryError> {
         let before = batch.faults.len();
         let (faults, removed) = (&mut batch.faults, &mut batch.removed);
-        batch.more |= self.reader.take(batch.room, |_, request| match request {
+        batch.more |= self.reader.take_within(batch.room, Batch::REMOVALS, |_, request| match request {
             Request::Fault { page, write, thread } => {
                 let flags = if write { FaultFlags::WRITE } else { FaultFlags::empty() };
                 faults.push(Fault { page, flags, thread });

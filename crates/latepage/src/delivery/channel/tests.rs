@@ -100,6 +100,41 @@ fn a_removal_is_answered_when_the_reader_comes_again() {
 }
 
 #[test]
+fn removals_of_many_pages_come_in_parts_and_faults_between_them() {
+    let channel = Channel::new(3, 1000).unwrap();
+    let mut reader = read(&channel).unwrap();
+    let mut seats: Vec<Seat> = (0..3).map(|slot| channel.seat(slot).unwrap()).collect();
+    seats[0].post(&Request::Removed(0..250)).unwrap();
+    seats[1].post(&Request::Removed(900..1000)).unwrap();
+    let mut take = || {
+        let mut found = Vec::new();
+        let more = reader.take_within(8, 100, |slot, request| found.push((slot, request)));
+        (more, found)
+    };
+    let no_time = Some(Duration::ZERO);
+    assert_eq!(take(), (true, vec![(0, Request::Removed(0..100))]));
+    // Its owner gives up and asks again: that is another one, and no more are kept than there are slots.
+    seats[1].abandon();
+    seats[1].post(&Request::Removed(0..1000)).unwrap();
+    seats[2].post(&fault(7)).unwrap();
+    assert_eq!(take(), (true, vec![(0, Request::Removed(100..200))]));
+    assert_eq!(take(), (true, vec![(0, Request::Removed(200..250)), (1, Request::Removed(900..950))]));
+    assert_eq!(seats[0].wait(0, no_time), Waited::TimedOut, "its last part has not been seen to yet");
+    let (more, found) = take();
+    assert!(more && found[..2] == [(1, Request::Removed(950..1000)), (1, Request::Removed(0..50))]);
+    assert_eq!(found[2..], [(2, fault(7))]);
+    assert_eq!(seats[0].wait(0, no_time), Waited::Over(Completion::Done(0..250)));
+    for part in 0..9 {
+        let pages = 50 + part * 100..150 + part * 100;
+        assert_eq!(take(), (true, vec![(1, Request::Removed(pages))]));
+    }
+    assert_eq!(seats[1].wait(0, no_time), Waited::TimedOut);
+    assert_eq!(take(), (true, vec![(1, Request::Removed(950..1000))]));
+    assert_eq!(take(), (false, vec![]));
+    assert_eq!(seats[1].wait(0, no_time), Waited::Over(Completion::Done(0..1000)));
+}
+
+#[test]
 fn the_bell_rings_once_for_a_reader_that_sleeps_and_not_for_one_that_does_not() {
     let channel = Channel::new(3, 8).unwrap();
     let mut reader = read(&channel).unwrap();

@@ -1,5 +1,6 @@
 //! The pager's side: takes what was posted, many at once, and completes it.
 
+use std::collections::VecDeque;
 use std::ops::Range;
 
 use super::Shared;
@@ -17,7 +18,7 @@ pub(super) const TOGETHER: usize = 8;
 /// The one reader of a channel. That there is one only, whoever makes it sees to.
 ///
 /// Everything in the memory may have been written by a stranger, at any time. It is bounded in what it makes a reader do: each
-/// call looks at every slot at most once.
+/// call looks at every slot at most once, and hands on no more removed pages than it was told to.
 #[derive(Debug)]
 pub struct Reader<S: Shared> {
     shared: S,
@@ -30,12 +31,33 @@ pub struct Reader<S: Shared> {
     armed: Option<u64>,
     naps: u64,
     taken: Taken,
-    /// Slots whose removals have been handed on, and their posts' numbers and pages.
-    removals: Vec<(u32, u32, Range<u32>)>,
+    /// Removals that were taken and are not completed, as many as there are slots at most: the first of them have been handed on,
+    /// the next one perhaps in part.
+    removals: VecDeque<Removal>,
     /// Slots that have been completed, and whose owners are woken with the next ones.
     unwoken: Vec<u32>,
     /// Pages that were released since somebody was last woken.
     released: usize,
+}
+
+/// The post of a slot that removes pages.
+#[derive(Debug)]
+struct Removal {
+    slot: u32,
+    number: u32,
+    pages: Range<u32>,
+    /// Of these, what has yet to be handed on.
+    rest: Range<u32>,
+}
+
+impl Removal {
+    /// The next part of it, of as many pages as are left to hand on.
+    fn part(&mut self, left: &mut u32) -> Range<u32> {
+        let part = self.rest.start..self.rest.start + (self.rest.end - self.rest.start).min(*left);
+        *left -= part.end - part.start;
+        self.rest.start = part.end;
+        part
+    }
 }
 
 impl<S: Shared> Reader<S> {
@@ -52,7 +74,7 @@ impl<S: Shared> Reader<S> {
             armed: None,
             naps,
             taken: Taken::new(shape.slots()),
-            removals: Vec::with_capacity(shape.slots() as usize),
+            removals: VecDeque::with_capacity(shape.slots() as usize),
             unwoken: Vec::with_capacity(TOGETHER),
             released: 0,
             shared,
@@ -102,33 +124,56 @@ impl<S: Shared> Reader<S> {
     ///
     /// Returns whether to come again. If not, nothing was posted, and the reader counts as asleep: the next post rings. What was
     /// handed out before counts as done with by now, as far as it was a removal, and is completed.
-    pub fn take(&mut self, room: usize, mut found: impl FnMut(u32, Request)) -> bool {
+    pub fn take(&mut self, room: usize, found: impl FnMut(u32, Request)) -> bool {
+        self.take_within(room, u32::MAX, found)
+    }
+
+    /// The same with at most so many removed `pages`, for which whoever is handed them has work. A removal of more comes in parts, in
+    /// this call and the next ones. It is completed after the last part; faults are taken meanwhile.
+    pub fn take_within(&mut self, room: usize, pages: u32, mut found: impl FnMut(u32, Request)) -> bool {
         self.disarm();
         self.wake();
-        while let Some((slot, number, pages)) = self.removals.pop() {
+        while self.removals.front().is_some_and(|removal| removal.rest.is_empty())
+            && let Some(Removal { slot, number, pages, .. }) = self.removals.pop_front()
+        {
             self.complete_one(slot, number, &Completion::Done(pages));
         }
         // What was found is handed out before anything is looked for: otherwise the first slots, whose owners post again at once, would
         // always be ahead of the last ones.
-        if self.top == 0 && !self.gather() {
+        if self.top == 0 && !self.gather() && self.removals.is_empty() {
             self.arm();
             if !self.gather() {
                 return false;
             }
             self.disarm();
         }
-        let mut left = room;
-        while left > 0
+        let (mut requests, mut left) = (room, pages);
+        for removal in &mut self.removals {
+            if requests == 0 || left == 0 {
+                break;
+            }
+            found(removal.slot, Request::Removed(removal.part(&mut left)));
+            requests -= 1;
+        }
+        while requests > 0
+            && self.removals.len() < self.shape.slots() as usize
             && let Some(slot) = self.next()
         {
-            if let Some((number, request)) = self.take_slot(slot) {
-                match &request {
-                    Request::Fault { page, .. } => self.taken.insert(slot, *page, number),
-                    Request::Removed(pages) => self.removals.push((slot, number, pages.clone())),
+            match self.take_slot(slot) {
+                Some((number, request @ Request::Fault { page, .. })) => {
+                    self.taken.insert(slot, page, number);
+                    found(slot, request);
                 }
-                found(slot, request);
-                left -= 1;
+                Some((number, Request::Removed(pages))) => {
+                    let mut removal = Removal { slot, number, rest: pages.clone(), pages };
+                    if left > 0 {
+                        found(slot, Request::Removed(removal.part(&mut left)));
+                    }
+                    self.removals.push_back(removal);
+                }
+                None => continue,
             }
+            requests -= 1;
         }
         true
     }
