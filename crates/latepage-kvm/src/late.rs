@@ -135,7 +135,7 @@ impl Late {
             Arc::new(FileSource::open(&config.memory_file).map_err(|error| refused(error.to_string()))?);
         let kept = Arc::clone(&source);
         let resolver = match by_signal {
-            true => Resolver::by_signal(layout, source, None, vcpus + 1, window),
+            true => Resolver::by_signal(layout, source, vcpus + 1, window),
             false => Resolver::new(layout, file, source, armed, vcpus + 1, window),
         };
         let resolver = resolver.map_err(|error| match error {

@@ -138,7 +138,7 @@ fn a_thread_that_resolves_its_own_faults_allocates_nothing_in_its_handler() {
         let layout = memory::Layout::new(vec![region]).unwrap();
         let source = Arc::new(FileSource::open(&path).unwrap());
         let window = FaultWindow::bytes(window).unwrap();
-        let resolver = Resolver::by_signal(layout, source, None, 1, window).unwrap();
+        let resolver = Resolver::by_signal(layout, source, 1, window).unwrap();
         let seat = RefCell::new(resolver.seat(0).unwrap());
         let resolve = |address| {
             IN_HANDLER.set(true);

@@ -51,7 +51,7 @@ impl Guest {
     /// A resolver whose absent pages are signals.
     fn resolver(&self, source: &Arc<Snapshot>, seats: usize, window: u64) -> Arc<Resolver> {
         let window = FaultWindow::bytes(window).unwrap();
-        Resolver::by_signal(self.layout.clone(), Arc::clone(source) as _, None, seats, window).unwrap()
+        Resolver::by_signal(self.layout.clone(), Arc::clone(source) as _, seats, window).unwrap()
     }
 
     /// What `accesses` returns, whose signals are resolved from that seat; and what could not be.

@@ -20,13 +20,12 @@ pub(super) fn run(crowd: &Crowd, memory_file: &Path) -> Result<CrowdReport, VmEr
     let source = FileSource::open(memory_file).map_err(|error| refused(error.to_string()))?;
     wait_until_looked_at(&source, crowd.pages);
     let (source, seats) = (Arc::new(source), crowd.threads as usize);
-    let resolver = Resolver::by_signal(layout, source, None, seats, FaultWindow::default()).map_err(
-        |error| match error {
+    let resolver =
+        Resolver::by_signal(layout, source, seats, FaultWindow::default()).map_err(|error| match error {
             ResolverError::Userfaultfd(error) => VmError::Userfaultfd(error),
             ResolverError::Register(error) => VmError::Register(error),
             error => refused(error.to_string()),
-        },
-    )?;
+        })?;
     touch_trapping(crowd, &view, |number| {
         let mut seat = resolver.seat(number as usize).expect("each thread has a number of its own");
         move |address| seat.touch(address).is_ok()

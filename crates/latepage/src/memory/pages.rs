@@ -10,8 +10,8 @@ use super::transitions::{Claim, PageState, STATES, Step};
 /// The state of every page of a session.
 ///
 /// All methods may be called from any thread. A step is one compare-and-exchange on the page's byte, decided by the state that it
-/// replaces; it is tried again only where that state was not the one expected, or another thread changed it in between. Methods panic on a page that the
-/// table does not have.
+/// replaces; it is tried again only where that state was not the one expected, or another thread changed it in between. Methods
+/// panic on a page that the table does not have.
 ///
 /// A step releases what its caller wrote before it, and acquires what the thread wrote that took the step before: who finds a page
 /// [`Filled`](PageState::Filled) sees its contents.

@@ -165,19 +165,20 @@ impl Resolver {
     }
 
     /// The same over memory whose absent pages are a SIGBUS to whoever touches them (`UFFD_FEATURE_SIGBUS`), whose handler calls
-    /// [`Seat::touch`]; a system call that is handed such an address says EFAULT, and so does KVM_RUN where no trap caught the access.
-    /// Nobody has to serve anything.
+    /// [`Seat::touch`]; a system call that is handed such an address says EFAULT, and so does KVM_RUN. Nobody has to serve anything.
     ///
     /// For anonymous memory, and shared memory of a file, in pages of 4 KiB; nobody may have touched it, by whichever view. In a
     /// private mapping of a file a discarded page shows the file's. For as long as the value lives the kernel (khugepaged) maps no huge
     /// pages in a shared one.
+    ///
+    /// There is no trap here. A seat may disarm one over a page that another thread is discarding; a vCPU that then finds nothing
+    /// there would wait at a userfaultfd that is served, and here KVM_RUN would fail without an address.
     ///
     /// # Errors
     /// [`ResolverError`].
     pub fn by_signal(
         layout: Layout,
         source: Arc<dyn Source>,
-        trap: Option<Arc<dyn Trap>>,
         seats: usize,
         window: FaultWindow,
     ) -> Result<Arc<Self>, ResolverError> {
@@ -189,7 +190,7 @@ impl Resolver {
             modes |= RegisterMode::WP;
         }
         let uffd = registered(&layout, Features::SIGBUS, modes)?;
-        let ways = Ways { install: Box::new(CopyInstall::new(uffd)), over: None, messages: None, trap };
+        let ways = Ways { install: Box::new(CopyInstall::new(uffd)), over: None, messages: None, trap: None };
         Ok(Self::with(layout, source, ways, seats, window))
     }
 
@@ -254,7 +255,8 @@ impl Resolver {
     /// (MADV_DONTNEED). The guest may run meanwhile. Not to be called by a thread that is resolving.
     ///
     /// # Errors
-    /// What `punch` says, or the trap; then the pages hold what they did, or zero.
+    /// What `punch` says, or the trap, before the hole is punched. The pages count as removed all the same: they are never brought
+    /// from the source, and whoever asks for one finds what it held, or zero.
     pub fn discard(&self, pages: Range<u32>, punch: impl FnOnce() -> Result<(), Errno>) -> Result<(), Errno> {
         for page in pages.clone() {
             self.pages.remove(page);
@@ -262,12 +264,10 @@ impl Resolver {
         // Whoever claimed one of them before may still write what the source has. Nobody does so any more after this.
         self.desks.iter().for_each(|desk| desk.stay.outlast());
         // Armed before the hole is there: punching it takes the pages away from KVM, and the next access exits.
-        if let Some(trap) = &self.trap {
-            trap.arm(&self.layout, pages.clone())?;
-        }
-        let punched = punch();
+        let armed = self.trap.as_ref().map_or(Ok(()), |trap| trap.arm(&self.layout, pages.clone()));
+        let discarded = armed.and_then(|()| punch());
         self.release(pages);
-        punched
+        discarded
     }
 
     /// Whoever waits for one of these pages, in the kernel or here, looks again.

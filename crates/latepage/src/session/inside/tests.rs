@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Condvar, Mutex};
 
-use rustix::event::EventfdFlags;
+use rustix::event::{EventfdFlags, PollFd, PollFlags};
 
 use super::*;
 use crate::install::PageBitmap;
@@ -15,6 +15,7 @@ use crate::memory::{PageSize, PageState, Region};
 use crate::source::{Answer, SourceError};
 use crate::sys::mapping::Mapping;
 use crate::sys::memfd;
+use crate::sys::uffd::MessageBuffer;
 
 const PAGES: u32 = 256;
 const BYTES: usize = PAGES as usize * 4096;
@@ -112,6 +113,18 @@ fn inside(source: Arc<Numbers>, window: u64) -> Option<Inside> {
 }
 
 fn inside_of(memory: OwnedFd, source: Arc<Numbers>, window: u64) -> Option<Inside> {
+    let made = inside_by(memory, source, window, |bitmap| bitmap)?;
+    made.resolver.arm().unwrap();
+    Some(made)
+}
+
+/// The same with a trap that is made of the bitmap, or is another one; it is not armed.
+fn inside_by(
+    memory: OwnedFd,
+    source: Arc<Numbers>,
+    window: u64,
+    trap: impl FnOnce(Arc<PageBitmap>) -> Arc<dyn Trap>,
+) -> Option<Inside> {
     let guest = Arc::new(Mapping::shared(memory.as_fd(), 0, BYTES).unwrap());
     let layout = Layout::new(vec![Region {
         gpa: Some(GPA),
@@ -122,12 +135,9 @@ fn inside_of(memory: OwnedFd, source: Arc<Numbers>, window: u64) -> Option<Insid
     }])
     .unwrap();
     let bitmap = Arc::new(PageBitmap::map(PageBitmap::create(&layout).unwrap(), &layout).unwrap());
-    let trap: Arc<dyn Trap> = Arc::clone(&bitmap) as _;
+    let trap = trap(Arc::clone(&bitmap));
     match Resolver::new(layout, &memory, source, Some(trap), 12, FaultWindow::bytes(window).unwrap()) {
-        Ok(resolver) => {
-            resolver.arm().unwrap();
-            Some(Inside { resolver, bitmap, guest, _memory: memory })
-        }
+        Ok(resolver) => Some(Inside { resolver, bitmap, guest, _memory: memory }),
         Err(ResolverError::Userfaultfd(error)) => {
             eprintln!("skipped: {error}");
             None
@@ -265,6 +275,49 @@ fn a_discarded_page_exits_again_and_is_zero() {
     // Out of the guest view, and still in the file: it was not discarded by us, and is what it was.
     vm.guest.dont_need(5 * 4096, 4096).unwrap();
     vm.served(|| assert_eq!(vm.guest.load(5 * 4096 + 4088), 77));
+}
+
+/// A trap that can no longer be armed, and was never needed.
+struct Stuck;
+
+impl Trap for Stuck {
+    fn arm(&self, _: &Layout, _: Range<u32>) -> Result<(), Errno> {
+        Err(Errno::INVAL)
+    }
+
+    fn disarm(&self, _: &Layout, _: Range<u32>) -> Result<(), Errno> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_discard_whose_trap_cannot_be_armed_forgets_nobody_and_punches_nothing() {
+    let memory = memfd::create("guest", BYTES as u64).unwrap();
+    let Some(vm) = inside_by(memory, Numbers::new(true), 4096, |_| Arc::new(Stuck)) else { return };
+    let mut seat = vm.resolver.seat(0).unwrap();
+    seat.exit(GPA + 4 * 4096).unwrap();
+    let uffd = vm.resolver.messages.as_ref().unwrap();
+    let mut messages = MessageBuffer::new(4);
+    let mut read_one = || {
+        let bound = rustix::event::Timespec { tv_sec: 60, tv_nsec: 0 };
+        let mut polled = [PollFd::new(&**uffd, PollFlags::IN)];
+        assert_eq!(rustix::event::poll(&mut polled, Some(&bound)), Ok(1), "nobody looks again");
+        assert_eq!(uffd.read(&mut messages), Ok(1));
+        messages.drain().for_each(drop);
+    };
+    std::thread::scope(|scope| {
+        let waits = scope.spawn(|| vm.guest.load(5 * 4096));
+        // It has been read, and nobody answers it.
+        read_one();
+        let refused = vm.resolver.discard(4..6, || panic!("a hole under a trap that is off"));
+        assert_eq!(refused, Err(Errno::INVAL));
+        read_one();
+        seat.exit(GPA + 5 * 4096).unwrap();
+        assert_eq!(waits.join().unwrap(), 0, "it counts as removed");
+    });
+    // One that was there is what it was.
+    seat.exit(GPA + 4 * 4096).unwrap();
+    assert_eq!(vm.guest.load(4 * 4096), 5);
 }
 
 #[test]
