@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use latepage::attachment::{Backing, Form};
 use latepage::pager::What;
 use latepage::session::{FaultAround, Policy};
+use latepage::source::{Answer, Source, SourceError};
 use latepage::sys::uffd::RegisterMode;
 use vmm::guest::{Guest, Make};
 use vmm::serving::{Serving, policy, populating};
@@ -274,6 +275,84 @@ fn a_file_that_held_something_else_before_is_overwritten_with_the_snapshot() {
             let serving = served(&guest, population);
             let _socket = guest.connect(&serving.socket, "vm");
             assert_eq!(guest.verify(1, |offset| word(offset, 0)).join(), [0; 0], "{backing}");
+        }
+    }
+}
+
+/// Sixteen pages of words, sixteen that are a hole, and so on.
+struct Holed(u64);
+
+impl Holed {
+    fn word(offset: u64) -> u64 {
+        if offset / PAGE as u64 % 32 < 16 { offset | 1 } else { 0 }
+    }
+}
+
+impl Source for Holed {
+    fn describe(&self) -> String {
+        "holed".to_owned()
+    }
+
+    fn size(&self) -> u64 {
+        self.0
+    }
+
+    fn ask<'a>(
+        &'a self,
+        offset: u64,
+        length: usize,
+        _: usize,
+        scratch: &'a mut [u8],
+    ) -> Result<Answer<'a>, SourceError> {
+        let stretch = 16 * PAGE;
+        let length = length.min(stretch - offset as usize % stretch);
+        if Self::word(offset) == 0 {
+            return Ok(Answer::Zero(length as u64));
+        }
+        for (at, bytes) in scratch[..length].chunks_exact_mut(8).enumerate() {
+            bytes.copy_from_slice(&Self::word(offset + at as u64 * 8).to_ne_bytes());
+        }
+        Ok(Answer::Bytes(&scratch[..length]))
+    }
+
+    fn wait<'a>(
+        &'a self,
+        offset: u64,
+        length: usize,
+        unit: usize,
+        scratch: &'a mut [u8],
+    ) -> Result<Answer<'a>, SourceError> {
+        self.ask(offset, length, unit, scratch)
+    }
+}
+
+/// By touch alone, by population alone, and by touch while it populates.
+#[test]
+fn no_byte_of_a_file_that_is_full_is_ever_seen_neither_for_contents_nor_for_holes() {
+    need_userfaultfd!();
+    const PAGES: usize = 500;
+    for (population, waits) in [(policy(), false), (populating(), true), (populating(), false)] {
+        let guest = Guest::new(Backing::Shared, PAGES);
+        let file = guest.memory.as_ref().unwrap();
+        rustix::io::pwrite(file, &vec![0xEE; PAGES * PAGE], 0).unwrap();
+        let mut serving = Serving::new(Arc::new(Holed(guest.layout.end())), population);
+        let _socket = guest.connect(&serving.socket, "vm");
+        if waits {
+            serving.wait("populated", |what| matches!(what, What::Populated { failed: 0, .. }));
+            assert_eq!(serving.session("vm").pages().lacking(), 0);
+        }
+        // Up and down, so that pages come alone and in runs.
+        let view = Arc::clone(&guest.view);
+        let looks = [1, 499].map(|stride| {
+            let view = Arc::clone(&view);
+            start(move || {
+                let words = |page: usize| (page * PAGE..(page + 1) * PAGE).step_by(8);
+                let wrong = |page: &usize| words(*page).any(|at| view.load(at) != Holed::word(at as u64));
+                (0..PAGES).map(|turn| turn * stride % PAGES).filter(wrong).collect::<Vec<_>>()
+            })
+        });
+        for look in looks {
+            assert_eq!(look.join(), [0; 0], "waits for population: {waits}");
         }
     }
 }

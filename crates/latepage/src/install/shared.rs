@@ -13,6 +13,9 @@ use crate::sys::uffd::{InstallMode, Userfaultfd};
 /// Installs by UFFDIO_COPY. What the file has already at an absent page may be anything (a file that served another VM before), so
 /// there contents are written through the install view and exposed by CONTINUE, as [`MinorInstall`] does everywhere.
 ///
+/// Whether the guest sees such a page already only CONTINUE tells, and by then it has been written over: nobody but this may put pages
+/// into the regions, which is what the handshake asks of a VMM that sends its memory. The outcome is [`Stop::AlreadyThere`] then.
+///
 /// The file gets a page and the guest sees it in one call of a third less time than pwrite(2) and UFFDIO_CONTINUE take. For VMs
 /// whose table of pages ends with their session: nothing is noted between filling and exposing.
 pub struct SharedInstall {

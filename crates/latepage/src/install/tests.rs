@@ -191,8 +191,12 @@ fn a_copy_into_shared_memory_never_leaves_what_its_file_had_there() {
     assert_eq!(install.fill_window(&made.layout, 6, contents.window(0, 2 * PAGE)), DONE(2));
     let seen: Vec<u8> = (0..8).map(|page| made.view.load(page * PAGE) as u8).collect();
     assert_eq!(seen, [1, 1, 2, 3, 9, 0, 3, 3]);
-    // What the guest sees already is somebody's.
+    // What the guest sees already is told of, and written over all the same: nobody else may have put it there.
     assert_eq!(install.fill(&made.layout, 7, &[4; PAGE]), STOPPED(Stop::AlreadyThere));
+    assert_eq!(install.fill_window(&made.layout, 6, contents.window(0, PAGE)), STOPPED(Stop::AlreadyThere));
+    let mut seen = [0; 2 * PAGE];
+    made.view.read(6 * PAGE, &mut seen);
+    assert!(seen[..PAGE] == [3; PAGE] && seen[PAGE..] == [4; PAGE]);
 }
 
 #[test]
