@@ -315,17 +315,26 @@ impl Control {
 
     // ---- the VM's side ----
 
-    /// Stops the guest and waits until every vCPU has left it.
+    /// Stops the guest and waits until every vCPU has left it. Where one has not, the guest runs on as it did.
     pub(crate) fn pause(&self, limit: Duration) -> Result<(), VmError> {
         let mut state = self.lock();
+        let mut ran = state.running;
         self.stop_guest(&mut state);
         let deadline = Instant::now() + limit;
         loop {
+            if state.running {
+                // Somebody let it run meanwhile.
+                ran = true;
+                self.stop_guest(&mut state);
+            }
             let inside = state.slots.iter().filter(|slot| slot.in_guest).count();
             if inside == 0 {
                 break;
             }
             let Some(left) = deadline.checked_duration_since(Instant::now()) else {
+                if ran && !state.quit && state.failed.is_none() {
+                    self.let_run(&mut state);
+                }
                 return Err(VmError::Stuck { vcpus: inside, seconds: limit.as_secs() });
             };
             state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
@@ -338,11 +347,14 @@ impl Control {
 
     /// Lets the guest run.
     pub(crate) fn resume(&self) -> Result<(), VmError> {
-        let mut state = self.working()?;
+        self.let_run(&mut *self.working()?);
+        Ok(())
+    }
+
+    fn let_run(&self, state: &mut State) {
         state.running = true;
         self.pause.store(false, Ordering::Release);
         self.changed.notify_all();
-        Ok(())
     }
 
     /// Has the vCPUs run a job; their registers are ready.

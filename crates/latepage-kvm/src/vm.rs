@@ -566,3 +566,6 @@ pub(crate) fn after(
         .map_err(|_| "the VM's pages have 255 different histories already; fill it first".to_owned())?;
     Ok(Some(after))
 }
+
+#[cfg(test)]
+mod tests;
