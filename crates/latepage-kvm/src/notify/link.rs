@@ -20,11 +20,13 @@ use crate::control::Control;
 use crate::error::VmError;
 use crate::event::Event;
 
-/// The pauses between two looks for a successor: the first, and the longest.
+/// The pauses between two looks for a successor: the first, and the longest that they grow to.
 const FIRST: Duration = Duration::from_millis(10);
 const LONGEST: Duration = Duration::from_millis(200);
-/// A pager that lets go of the VM sooner than this has refused it, and is not asked again at once.
+/// A pager that lets go of the VM sooner than this has refused it, and is not asked again sooner either.
 const REFUSED: Duration = Duration::from_secs(1);
+/// What is kept of what a pager says.
+const SAID: usize = 4096;
 
 /// See the module.
 #[derive(Debug)]
@@ -99,7 +101,7 @@ impl Shared {
                 match try_connect(&self.path).and_then(|socket| side.handover.send(&socket).map(|()| socket))
                 {
                     Ok(socket) => break socket,
-                    Err(_) => pause = (pause * 2).min(LONGEST),
+                    Err(_) => pause = longer(pause),
                 }
             };
             *self.socket.lock().unwrap_or_else(PoisonError::into_inner) = socket;
@@ -115,11 +117,7 @@ impl Shared {
     /// Waits for the end of the connection, and returns what the pager said before it.
     fn until_it_ends(&self) -> String {
         let copy = self.socket.lock().unwrap_or_else(PoisonError::into_inner).try_clone();
-        let mut said = Vec::new();
-        if let Ok(socket) = copy {
-            let _ = socket.take(4096).read_to_end(&mut said);
-        }
-        String::from_utf8_lossy(&said).trim().to_owned()
+        copy.map_or_else(|_| String::new(), all_it_says)
     }
 
     /// Waits for so long; true as soon as the VM ends.
@@ -129,6 +127,25 @@ impl Shared {
         let _ = rustix::event::poll(&mut polled, Some(&pause));
         self.leaving.load(Ordering::Acquire)
     }
+}
+
+/// The pause after one in which nobody was found.
+fn longer(pause: Duration) -> Duration {
+    (pause * 2).min(LONGEST).max(pause)
+}
+
+/// Reads to the end. However much comes before it, only that is the end; the first of it is returned.
+fn all_it_says(mut from: impl Read) -> String {
+    let (mut said, mut buffer) = (Vec::new(), [0; 512]);
+    loop {
+        match from.read(&mut buffer) {
+            Ok(0) => break,
+            Ok(bytes) => said.extend_from_slice(&buffer[..bytes.min(SAID - said.len())]),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(_) => break,
+        }
+    }
+    String::from_utf8_lossy(&said).trim().to_owned()
 }
 
 /// Connects without ever waiting: a pager that takes nobody in is none.
@@ -149,5 +166,25 @@ impl Drop for Link {
         if let Some(watcher) = self.watcher.lock().unwrap_or_else(PoisonError::into_inner).take() {
             let _ = watcher.join();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pager_that_says_much_has_not_gone_before_it_is_silent() {
+        let much = "no ".repeat(SAID);
+        let mut rest = much.as_bytes();
+        assert_eq!(all_it_says(&mut rest), much[..SAID].trim());
+        assert!(rest.is_empty(), "{} bytes were not read", rest.len());
+        assert_eq!(all_it_says(&b"full\n"[..]), "full");
+    }
+
+    #[test]
+    fn pauses_grow_and_never_shrink() {
+        let ms = Duration::from_millis;
+        assert_eq!([FIRST, ms(150), LONGEST, REFUSED].map(longer), [ms(20), LONGEST, LONGEST, REFUSED]);
     }
 }
