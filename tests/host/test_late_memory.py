@@ -95,7 +95,7 @@ def test_exits_are_refused_where_the_kernel_has_none_and_the_message_says_what_l
     for trap, key in (("bitmap", "kvm.exit_by_userfault"), ("attributes", "kvm.exit_by_attributes")):
         if items[key].state == "yes":
             continue
-        with pytest.raises(GuestError, match=rf"no memory-fault exits: by {trap}: KVM_.*--delivery uffd needs none"):
+        with pytest.raises(GuestError, match=rf"no memory-fault exits: by {trap}: KVM_.*--delivery uffd or --guest threads needs none"):
             late(snapshot, delivery="exit", trap=trap, guest="kvm")
 
 

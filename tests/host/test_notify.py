@@ -177,5 +177,5 @@ def test_a_kernel_without_a_trap_is_told_what_it_lacks_before_a_pager_is_asked(s
     for trap, key in kinds:
         if items[key].state == "yes":
             continue
-        with pytest.raises(GuestError, match=rf"no memory-fault exits: by {trap}: KVM_.*--delivery uffd needs none"):
+        with pytest.raises(GuestError, match=rf"no memory-fault exits: by {trap}: KVM_.*--delivery uffd or --guest threads needs none"):
             Vm.restore(snapshot[0], pager="/nobody", delivery="notify", trap=trap, guest="kvm")

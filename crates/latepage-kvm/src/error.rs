@@ -36,7 +36,7 @@ pub enum VmError {
     #[error("/dev/kvm: {0}; use a guest of threads (--guest threads) or run where KVM is")]
     NoKvm(Errno),
     /// This kernel has no memory-fault exits, or not of the kind that was asked for.
-    #[error("this kernel has no memory-fault exits: {why}; --delivery uffd needs none")]
+    #[error("this kernel has no memory-fault exits: {why}; --delivery uffd or --guest threads needs none")]
     NoExits {
         /// What was tried, and what lacks.
         why: String,
