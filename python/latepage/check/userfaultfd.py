@@ -31,7 +31,11 @@ FEATURES: dict[str, tuple[str, Need, str]] = {
     "sigbus": ("4.14", "info", "a signal to the faulting thread; blind under KVM"),
     "thread_id": ("4.14", "info", "the faulting thread's id with each fault"),
     "minor_hugetlbfs": ("5.13", "later", "huge pages that several VMs share, to come"),
-    "minor_shmem": ("5.14", "feature", "installing into shared memory without a copy (CONTINUE)"),
+    "minor_shmem": (
+        "5.14",
+        "feature",
+        "installing into shared memory by a write and CONTINUE: VMs that post to a channel, private memory with its file",
+    ),
     "exact_address": ("5.18", "info", "addresses to the byte"),
     "wp_hugetlbfs_shmem": ("5.19", "later", "write-protection of huge and shared pages, to come"),
     "wp_unpopulated": ("6.4", "later", "write-protection of pages that are not there yet, to come"),
