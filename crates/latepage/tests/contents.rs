@@ -570,7 +570,9 @@ fn many_threads_on_one_page_are_all_released() {
         for waiter in waiters {
             assert_eq!(waiter.join(), word(5 * PAGE as u64, 0));
         }
-        assert_eq!(session.stats().snapshot().counters.joined, 39);
+        // One that was stopped while it waited has faulted once more.
+        let counters = session.stats().snapshot().counters;
+        assert!((39..counters.faults).contains(&counters.joined), "{counters:?}");
     }
 }
 

@@ -18,7 +18,8 @@ fn a_vm_that_could_not_be_paused_runs_on_and_says_so() {
     }
     let folder = std::env::temp_dir().join(format!("latepage-kvm-stuck-{}", std::process::id()));
     fs::create_dir_all(&folder).unwrap();
-    let [state_file, memory_file, socket] = ["vm.state", "vm.mem", "pager.sock"].map(|name| folder.join(name));
+    let [state_file, memory_file, socket] =
+        ["vm.state", "vm.mem", "pager.sock"].map(|name| folder.join(name));
     let config = VmConfig {
         name: "stuck".into(),
         memory: 4 << 20,
