@@ -1,12 +1,15 @@
 """Memory that the VMM itself brings when it is touched, on any kernel: by userfaultfd, and refusals of what a kernel lacks."""
 
+import contextlib
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from latepage import GuestError
 from latepage.check import check_host
-from latepage.kvm import ConfigError, Job, Vm
+from latepage.kvm import ConfigError, Job, Vm, VmProcess
 
 MEMORY = 8 << 20
 PAGES = (MEMORY - (2 << 20)) // 4096
@@ -95,8 +98,23 @@ def test_exits_are_refused_where_the_kernel_has_none_and_the_message_says_what_l
     for trap, key in (("bitmap", "kvm.exit_by_userfault"), ("attributes", "kvm.exit_by_attributes")):
         if items[key].state == "yes":
             continue
-        with pytest.raises(GuestError, match=rf"no memory-fault exits: by {trap}: KVM_.*--delivery uffd or --guest threads needs none"):
+        why = rf"no memory-fault exits: by {trap}: KVM_.*--delivery uffd or --guest threads needs none"
+        with pytest.raises(GuestError, match=why):
             late(snapshot, delivery="exit", trap=trap, guest="kvm")
+
+
+def test_threads_whose_accesses_come_back_die_of_a_page_that_cannot_be_had_with_a_word(snapshot: Snapshot, folder: Path) -> None:
+    options = {"delivery": "exit", "guest": "threads", "paused": True, "api_sock": folder / "vm.sock"}
+    state, memory = snapshot
+    with VmProcess.restore(state, Job("touch"), late=memory, **options) as vm:  # type: ignore[arg-type]
+        vm.event("started")
+        os.truncate(memory, MEMORY // 2)
+        # It may die before it answers.
+        with vm.client() as client, contextlib.suppress(GuestError):
+            client.resume()
+        with pytest.raises(GuestError, match=r"the memory at host address 0x[0-9a-f]+ could not be had: memory file "):
+            vm.done()
+        assert vm.process.returncode == -signal.SIGBUS
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use latepage::install::{PageBitmap, Trap};
-use latepage::session::{FaultWindow, Resolver, ResolverError, ResolverStats, Seat, Told};
+use latepage::session::{
+    FaultWindow, Reason, Resolver, ResolverError, ResolverStats, Seat, Told, Unresolved,
+};
 use latepage::source::{FileSource, Source};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
@@ -20,6 +22,7 @@ use crate::control::Control;
 use crate::error::VmError;
 use crate::fingerprint::PAGE;
 use crate::handshake::describe;
+use crate::last_words;
 use crate::machine::GuestKind;
 use crate::memory::GuestMemory;
 use crate::supply::{self, Came, Supply, SupplyReport};
@@ -261,7 +264,14 @@ impl supply::Seat for Seat {
     }
 
     fn touch(&mut self, address: u64) -> bool {
-        Seat::touch(self, address).is_ok()
+        let touched = Seat::touch(self, address);
+        // What is no memory of the guest is somebody else's to tell of.
+        if let Err(Unresolved { reason, .. }) = &touched
+            && *reason != Reason::NoRegion
+        {
+            last_words::say(address, reason);
+        }
+        touched.is_ok()
     }
 }
 

@@ -35,6 +35,7 @@ pub mod fingerprint;
 mod guest;
 mod handshake;
 mod job;
+mod last_words;
 mod late;
 pub mod layout;
 mod machine;

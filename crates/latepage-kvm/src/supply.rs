@@ -70,7 +70,8 @@ pub(crate) trait Seat: Send + Debug {
     fn exit(&mut self, gpa: u64, leave: &AtomicBool) -> Came;
 
     /// This thread's access to an address of the VMM came back, as a signal. False where it is none of ours, or cannot be had. It is
-    /// called in the signal's handler: it allocates nothing and takes no lock that somebody may hold there.
+    /// called in the signal's handler: it allocates nothing and takes no lock that somebody may hold there. Of what cannot be had it has
+    /// said why ([`last_words`](crate::last_words)): the process is about to die of it.
     fn touch(&mut self, address: u64) -> bool;
 }
 

@@ -70,8 +70,7 @@ fn forward(seat: &mut Seat, stop: &OwnedFd, leave: &AtomicBool, control: &Contro
                 Ok(()) => {}
                 Err(Missing::Left) => return Ok(()),
                 Err(missing) => control.cannot_go_on(format!(
-                    "the memory at {address:#x} of the VMM could not be had: {}",
-                    missing.words()
+                    "the memory at {address:#x} of the VMM could not be had: {missing}"
                 )),
             }
         }

@@ -15,6 +15,7 @@ use rustix::io::Errno;
 use super::handover::Handover;
 use crate::error::VmError;
 use crate::fingerprint::PAGE;
+use crate::last_words;
 use crate::supply::{self, Came};
 use crate::trap::Attributes;
 
@@ -63,7 +64,7 @@ pub(super) struct Seat {
     thread: u32,
 }
 
-/// Why a page is not there. Words are made of it where memory may be allocated.
+/// Why a page is not there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Missing {
     /// The thread is to leave.
@@ -80,15 +81,19 @@ pub(super) enum Missing {
     Armed(Errno),
 }
 
-impl Missing {
-    pub(super) fn words(self) -> String {
+impl fmt::Display for Missing {
+    /// Allocates nothing: errno's own words would.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Left => "the thread was told to leave".into(),
-            Self::Failed => "its pager cannot supply it (the pager's log says why)".into(),
-            Self::Refused => "its pager knows no such page".into(),
-            Self::Garbled => "its pager wrote an answer to nothing that was asked".into(),
-            Self::Unmapped(stop) => format!("the kernel would not map it into the guest view: {stop:?}"),
-            Self::Armed(errno) => format!("its trap could not be disarmed: {errno}"),
+            Self::Left => f.write_str("the thread was told to leave"),
+            Self::Failed => f.write_str("its pager cannot supply it (the pager's log says why)"),
+            Self::Refused => f.write_str("its pager knows no such page"),
+            Self::Garbled => f.write_str("its pager wrote an answer to nothing that was asked"),
+            Self::Unmapped(Stop::Failed(errno)) => {
+                write!(f, "the kernel would not map it into the guest view: errno {}", errno.raw_os_error())
+            }
+            Self::Unmapped(stop) => write!(f, "the kernel would not map it into the guest view: {stop:?}"),
+            Self::Armed(errno) => write!(f, "its trap could not be disarmed: errno {}", errno.raw_os_error()),
         }
     }
 }
@@ -266,17 +271,17 @@ impl supply::Seat for Seat {
         match self.bring(page, Some(leave)) {
             Ok(()) => Came::There,
             Err(Missing::Left) => Came::Left,
-            Err(missing) => Came::Not(format!(
-                "the memory at guest address {gpa:#x} could not be had: {}",
-                missing.words()
-            )),
+            Err(missing) => {
+                Came::Not(format!("the memory at guest address {gpa:#x} could not be had: {missing}"))
+            }
         }
     }
 
     fn touch(&mut self, address: u64) -> bool {
         let Some(page) = self.side.handover.layout.find_hva(address) else { return false };
         self.desk().exits.add(1);
-        self.bring(page, None).is_ok()
+        // Nobody can be told to leave here: the access has begun, and goes on when the page is there.
+        self.bring(page, None).inspect_err(|missing| last_words::say(address, missing)).is_ok()
     }
 }
 
