@@ -4,6 +4,7 @@
 //! `docs/memory.md` and `docs/pages.md` say the same in prose.
 
 pub(crate) mod atomic;
+#[cfg(not(loom))]
 mod bitmap;
 mod layout;
 mod page_size;
@@ -13,6 +14,7 @@ mod shards;
 mod table;
 mod transitions;
 
+#[cfg(not(loom))]
 pub(crate) use bitmap::Bitmap;
 pub use layout::{AddressSpace, Layout, LayoutError, Place, Region};
 pub use page_size::PageSize;
