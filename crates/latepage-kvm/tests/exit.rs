@@ -3,72 +3,33 @@
 
 mod machines;
 
-use std::path::PathBuf;
-
-use latepage::sys::uffd::{Features, Userfaultfd};
+use latepage::sys::uffd::Features;
 use latepage_kvm::{
-    Action, Backing, Delivery, DiscardRange, GuestKind, Job, LateMemory, LateReport, MemoryFrom, Order,
-    RestoreConfig, TrapKind, Vm, VmConfig, VmError,
+    Action, Delivery, DiscardRange, Job, LateMemory, LateReport, MemoryFrom, Order, TrapKind, Vm, VmError,
 };
-use machines::{config, run, scratch};
+use machines::run;
+use machines::saved::{Saved, may_fault};
 
 /// Pages of its memory.
 const ALL: u64 = (16 << 20) / 4096;
 
-struct Saved {
-    folder: machines::Scratch,
-}
-
-impl Saved {
-    fn new(vcpus: u32) -> Self {
-        let folder = scratch();
-        let vm =
-            Vm::create(&VmConfig { backing: Backing::Shared, ..config(GuestKind::Threads, vcpus) }).unwrap();
-        run(&vm, Job::new(Action::Fill, 1, Order::Sequential));
-        vm.discard(DiscardRange::Pages { first: 2000, count: 64 }).unwrap();
-        let saved = Self { folder };
-        vm.save(&saved.file("vm.state"), &saved.file("vm.mem")).unwrap();
-        saved
-    }
-
-    fn file(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
-    }
-
-    fn restore(&self, window: Option<u64>, trap: Option<TrapKind>) -> Result<Vm, VmError> {
-        let memory_file = self.file("vm.mem");
-        let late = LateMemory { memory_file, delivery: Delivery::Exit, trap, window };
-        Vm::restore(&RestoreConfig {
-            name: Some("vm-restored".into()),
-            state_file: self.file("vm.state"),
-            memory: MemoryFrom::Late(late),
-            backing: None,
-            guest: GuestKind::Threads,
-            paused: false,
-        })
-    }
+fn restore(saved: &Saved, window: Option<u64>, trap: Option<TrapKind>) -> Result<Vm, VmError> {
+    let memory_file = saved.file("vm.mem");
+    let late = LateMemory { memory_file, delivery: Delivery::Exit, trap, window };
+    saved.restore(MemoryFrom::Late(late), None)
 }
 
 fn brought(vm: &Vm) -> LateReport {
     vm.report().late.unwrap()
 }
 
-/// Whether this process may have a userfaultfd.
-fn may_fault() -> bool {
-    let refused = Userfaultfd::create(Features::SIGBUS).err();
-    if let Some(error) = &refused {
-        eprintln!("skipped: {error}");
-    }
-    refused.is_none()
-}
-
 #[test]
 fn every_touch_of_an_absent_page_is_resolved_once_by_its_own_thread() {
-    if !may_fault() {
+    if !may_fault(Features::empty()) {
         return;
     }
     let saved = Saved::new(3);
-    let vm = saved.restore(None, None).unwrap();
+    let vm = restore(&saved, None, None).unwrap();
     let report = run(&vm, Job::new(Action::Verify, 4, Order::Random));
     assert!(report.is_right(), "{report:?}");
     let first = brought(&vm);
@@ -83,11 +44,11 @@ fn every_touch_of_an_absent_page_is_resolved_once_by_its_own_thread() {
 
 #[test]
 fn many_threads_want_the_same_pages_and_each_is_brought_once() {
-    if !may_fault() {
+    if !may_fault(Features::empty()) {
         return;
     }
     let saved = Saved::new(64);
-    let vm = saved.restore(Some(64 << 10), None).unwrap();
+    let vm = restore(&saved, Some(64 << 10), None).unwrap();
     let report = run(&vm, Job::new(Action::Verify, 1, Order::Random).over(vec![(0, 64); 64]));
     assert!(report.is_right(), "{report:?}");
     assert!(run(&vm, Job::new(Action::Verify, 4, Order::Random)).is_right());
@@ -98,11 +59,11 @@ fn many_threads_want_the_same_pages_and_each_is_brought_once() {
 
 #[test]
 fn a_balloon_may_discard_while_the_guest_verifies() {
-    if !may_fault() {
+    if !may_fault(Features::empty()) {
         return;
     }
     let saved = Saved::new(4);
-    let vm = saved.restore(Some(16 << 10), None).unwrap();
+    let vm = restore(&saved, Some(16 << 10), None).unwrap();
     vm.run(Job::new(Action::Verify, 5, Order::Random)).unwrap();
     for step in 0..200 {
         vm.discard(DiscardRange::Pages { first: step * 17, count: 5 }).unwrap();
@@ -115,7 +76,7 @@ fn a_balloon_may_discard_while_the_guest_verifies() {
 
 #[test]
 fn a_trap_is_for_guests_on_kvm() {
-    let refused = Saved::new(1).restore(None, Some(TrapKind::Bitmap)).unwrap_err();
+    let refused = restore(&Saved::new(1), None, Some(TrapKind::Bitmap)).unwrap_err();
     assert!(
         refused.to_string().contains("goes with a guest on KVM") && refused.kind() == "usage",
         "{refused}"

@@ -3,71 +3,37 @@
 
 mod machines;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use latepage::pager::{Config, Pager};
 use latepage::session::{FaultAround, OnMissing, Policy, Session};
 use latepage::source::FileSource;
-use latepage::sys::uffd::{Features, Userfaultfd};
+use latepage::sys::uffd::Features;
 use latepage_kvm::{
-    Action, Backing, DiscardRange, GuestKind, Job, MemoryFrom, NotifyMemory, NotifyReport, Order,
-    RestoreConfig, TrapKind, Vm, VmConfig, VmError,
+    Action, Backing, DiscardRange, Job, MemoryFrom, NotifyMemory, NotifyReport, Order, TrapKind, Vm,
 };
-use machines::{config, run, scratch};
+use machines::run;
+use machines::saved::{Saved, may_fault};
 
 /// Bytes of memory, and pages of it.
 const MEMORY: u64 = 16 << 20;
 const ALL: u64 = MEMORY / 4096;
-/// Pages that read as zero.
-const HOLES: (u64, u64) = (2000, 64);
 /// Pages that the VMM writes, at the seat of its own, before the guest can verify pages of several seeds: the seeds, and which page
 /// has which.
 const TABLES: u64 = 2;
 
-struct Saved {
-    folder: machines::Scratch,
+fn serve(saved: &Saved, fault_around: FaultAround) -> Pager {
+    let pager = Pager::start(Config { workers: Some(1), ..Config::default() }).unwrap();
+    let source = Arc::new(FileSource::open(saved.file("vm.mem")).unwrap());
+    let policy = Policy { fault_around, on_missing: OnMissing::Poison, ..Policy::default() };
+    pager.listen(&saved.file("pager.sock"), source, policy).unwrap();
+    pager
 }
 
-impl Saved {
-    fn new(vcpus: u32) -> Self {
-        let folder = scratch();
-        let vm =
-            Vm::create(&VmConfig { backing: Backing::Shared, ..config(GuestKind::Threads, vcpus) }).unwrap();
-        run(&vm, Job::new(Action::Fill, 1, Order::Sequential));
-        vm.discard(DiscardRange::Pages { first: HOLES.0, count: HOLES.1 }).unwrap();
-        let saved = Self { folder };
-        vm.save(&saved.file("vm.state"), &saved.file("vm.mem")).unwrap();
-        saved
-    }
-
-    fn file(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
-    }
-
-    fn pager(&self, fault_around: FaultAround) -> Pager {
-        let pager = Pager::start(Config { workers: Some(1), ..Config::default() }).unwrap();
-        let source = Arc::new(FileSource::open(self.file("vm.mem")).unwrap());
-        let policy = Policy { fault_around, on_missing: OnMissing::Poison, ..Policy::default() };
-        pager.listen(&self.file("pager.sock"), source, policy).unwrap();
-        pager
-    }
-
-    fn restore_with(&self, memory: MemoryFrom, backing: Option<Backing>) -> Result<Vm, VmError> {
-        Vm::restore(&RestoreConfig {
-            name: Some("vm-restored".into()),
-            state_file: self.file("vm.state"),
-            memory,
-            backing,
-            guest: GuestKind::Threads,
-            paused: false,
-        })
-    }
-
-    fn restore(&self, all: bool) -> Vm {
-        let notify = NotifyMemory { socket: self.file("pager.sock"), trap: None, all };
-        self.restore_with(MemoryFrom::Notify(notify), None).unwrap()
-    }
+fn restore(saved: &Saved, all: bool) -> Vm {
+    let notify = NotifyMemory { socket: saved.file("pager.sock"), trap: None, all };
+    saved.restore(MemoryFrom::Notify(notify), None).unwrap()
 }
 
 fn told(vm: &Vm) -> NotifyReport {
@@ -78,24 +44,15 @@ fn session(pager: &Pager) -> Arc<Session> {
     pager.sessions().pop().expect("the VM has shaken hands")
 }
 
-/// Whether this process may have a userfaultfd.
-fn may_fault() -> bool {
-    let refused = Userfaultfd::create(Features::SIGBUS | Features::MINOR_SHMEM).err();
-    if let Some(error) = &refused {
-        eprintln!("skipped: {error}");
-    }
-    refused.is_none()
-}
-
 #[test]
 fn every_touch_of_an_absent_page_is_posted_once_by_its_own_thread() {
-    if !may_fault() {
+    if !may_fault(Features::MINOR_SHMEM) {
         return;
     }
     let saved = Saved::new(3);
     for all in [false, true] {
-        let pager = saved.pager(FaultAround::NONE);
-        let vm = saved.restore(all);
+        let pager = serve(&saved, FaultAround::NONE);
+        let vm = restore(&saved, all);
         let report = run(&vm, Job::new(Action::Verify, 4, Order::Random));
         assert!(report.is_right(), "{report:?}");
         let first = told(&vm);
@@ -117,13 +74,13 @@ fn every_touch_of_an_absent_page_is_posted_once_by_its_own_thread() {
 
 #[test]
 fn what_came_unasked_is_answered_at_once_and_brought_once() {
-    if !may_fault() {
+    if !may_fault(Features::MINOR_SHMEM) {
         return;
     }
     let saved = Saved::new(16);
     for all in [false, true] {
-        let pager = saved.pager(FaultAround::Window(64 << 10));
-        let vm = saved.restore(all);
+        let pager = serve(&saved, FaultAround::Window(64 << 10));
+        let vm = restore(&saved, all);
         // All of them want the same pages, at the same time.
         for seed in 0..4 {
             let pages = vec![(0, 512); 16];
@@ -142,13 +99,13 @@ fn what_came_unasked_is_answered_at_once_and_brought_once() {
 
 #[test]
 fn a_page_that_the_vmm_discards_is_zero_and_never_the_snapshot_again() {
-    if !may_fault() {
+    if !may_fault(Features::MINOR_SHMEM) {
         return;
     }
     let saved = Saved::new(2);
     for all in [false, true] {
-        let pager = saved.pager(FaultAround::NONE);
-        let vm = saved.restore(all);
+        let pager = serve(&saved, FaultAround::NONE);
+        let vm = restore(&saved, all);
         run(&vm, Job::new(Action::Touch, 1, Order::Sequential).over(vec![(0, 600)]));
         let before = told(&vm);
         // Pages that came, and pages that did not.
@@ -166,13 +123,13 @@ fn a_page_that_the_vmm_discards_is_zero_and_never_the_snapshot_again() {
 
 #[test]
 fn a_balloon_may_discard_while_the_guest_verifies() {
-    if !may_fault() {
+    if !may_fault(Features::MINOR_SHMEM) {
         return;
     }
     let saved = Saved::new(4);
     for all in [false, true] {
-        let pager = saved.pager(FaultAround::Window(16 << 10));
-        let vm = saved.restore(all);
+        let pager = serve(&saved, FaultAround::Window(16 << 10));
+        let vm = restore(&saved, all);
         vm.run(Job::new(Action::Verify, 5, Order::Random)).unwrap();
         for step in 0..200 {
             vm.discard(DiscardRange::Pages { first: step * 17, count: 5 }).unwrap();
@@ -188,12 +145,12 @@ fn a_balloon_may_discard_while_the_guest_verifies() {
 
 #[test]
 fn a_thousand_and_twenty_four_threads_wait_at_slots_of_their_own() {
-    if !may_fault() {
+    if !may_fault(Features::MINOR_SHMEM) {
         return;
     }
     let saved = Saved::new(1024);
-    let pager = saved.pager(FaultAround::NONE);
-    let vm = saved.restore(false);
+    let pager = serve(&saved, FaultAround::NONE);
+    let vm = restore(&saved, false);
     let report = run(&vm, Job::new(Action::Verify, 1, Order::Random));
     assert!(report.is_right(), "{report:?}");
     assert_eq!(told(&vm).posted, report.pages + TABLES);
@@ -206,7 +163,7 @@ fn what_cannot_be_is_refused_by_one_line() {
     let saved = Saved::new(1);
     let refusal = |socket: &Path, trap, backing| {
         let notify = NotifyMemory { socket: socket.to_path_buf(), trap, all: false };
-        saved.restore_with(MemoryFrom::Notify(notify), backing).unwrap_err()
+        saved.restore(MemoryFrom::Notify(notify), backing).unwrap_err()
     };
     let nobody = saved.file("nobody.sock");
     let refused = refusal(&nobody, Some(TrapKind::Bitmap), None);
@@ -216,7 +173,7 @@ fn what_cannot_be_is_refused_by_one_line() {
     );
     let refused = refusal(&nobody, None, Some(Backing::Anonymous));
     assert!(refused.to_string().contains("cannot be anonymous") && refused.kind() == "usage", "{refused}");
-    if may_fault() {
+    if may_fault(Features::MINOR_SHMEM) {
         let refused = refusal(&nobody, None, None).to_string();
         assert!(refused.contains("is `latepage serve` running there?"), "{refused}");
     }

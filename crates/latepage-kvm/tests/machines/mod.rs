@@ -1,6 +1,7 @@
 //! The guests that these tests run on, and what they all do.
 #![allow(dead_code, reason = "each test file uses its part of it")]
 
+pub(crate) mod saved;
 pub(crate) mod tiny_pager;
 
 use std::fs;

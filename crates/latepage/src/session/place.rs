@@ -13,7 +13,7 @@ use super::{Core, Session};
 use crate::attachment::Backing;
 use crate::install::{Install, Outcome, Stop, ZEROS};
 use crate::memory::{Layout, PageState};
-use crate::source::Answer;
+use crate::source::{Answer, all_zero};
 use crate::stats::{FaultResult, PageClass, Reason};
 use crate::sys::mapping::Window;
 
@@ -445,12 +445,4 @@ impl Session {
             self.pages.abandon(page);
         }
     }
-}
-
-/// Whether a page is all zero. Most others show it in their first words.
-pub(super) fn all_zero(page: &[u8]) -> bool {
-    let (before, words, after) = (&page[..8], page.chunks_exact(64), &page[page.len() - 8..]);
-    before.iter().all(|byte| *byte == 0)
-        && after.iter().all(|byte| *byte == 0)
-        && words.into_iter().all(|chunk| chunk.iter().fold(0, |seen, byte| seen | byte) == 0)
 }

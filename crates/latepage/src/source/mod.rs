@@ -23,6 +23,7 @@ mod survey;
 mod tests;
 mod zeros;
 
+pub(crate) use self::cached::all_zero;
 pub use self::error::SourceError;
 pub use self::file::FileSource;
 pub use self::notice::{NoLease, SourceNotice};

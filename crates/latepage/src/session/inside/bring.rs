@@ -7,13 +7,13 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use super::super::answer::{NoAnswer, answered, at_hand, vouched};
-use super::super::place::{Contents, all_zero};
+use super::super::place::Contents;
 use super::desk::{Desk, Tally};
 use super::error::Reason;
 use super::{Resolver, Unresolved};
 use crate::install::{Install, Outcome, Stop, ZEROS};
 use crate::memory::PageState;
-use crate::source::{Answer, AtHand};
+use crate::source::{Answer, AtHand, all_zero};
 
 /// How long the kernel may have no memory for a page before it counts as one that cannot be had.
 const NO_MEMORY: Duration = Duration::from_secs(10);
