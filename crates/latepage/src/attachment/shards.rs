@@ -52,15 +52,18 @@ pub fn suited(vcpus: u32, layout: &Layout) -> usize {
 /// Send all of them, with [`message_with_shards`](super::native::message_with_shards), and keep a copy of each.
 ///
 /// ```no_run
-/// # use latepage::memory::{Layout, Shards};
+/// # // A userfaultfd takes rights that a test of the documentation may not have.
+/// # use latepage::memory::{Layout, PageSize, Region, Shards};
+/// # use latepage::sys::mapping::Mapping;
 /// # use latepage::sys::uffd::{Features, RegisterMode};
-/// # fn guest_memory() -> Layout { unimplemented!() }
 /// use latepage::attachment::shards;
 ///
-/// let layout = guest_memory();
+/// let memory = Mapping::anonymous(64 << 20)?;
+/// let region = Region { gpa: Some(0), hva: memory.address(), size: 64 << 20, offset: 0, page_size: PageSize::Small };
+/// let layout = Layout::new(vec![region])?;
 /// let divided = Shards::equal(&layout, shards::suited(512, &layout))?;
 /// let userfaultfds = shards::create(&layout, &divided, Features::EVENT_REMOVE, RegisterMode::MISSING)?;
-/// # Ok::<(), shards::ShardError>(())
+/// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 ///
 /// # Errors
